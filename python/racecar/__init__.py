@@ -1,0 +1,1 @@
+"""Pretrain a PyTorch model together with its own reverse pass."""

@@ -1,0 +1,1 @@
+"""Fused kernels for pretraining with a reverse pass (racecar training)."""
