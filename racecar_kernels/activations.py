@@ -1,0 +1,111 @@
+"""The one table of activations: forward, and backward from the input or, where that is enough, from the output.
+
+A row that is differentiable from its output lets a reverse layer keep its result alone (In-place ABN, Rota Bulò et
+al. 2018). To add an activation, add a row; `racecar.wrap` and the tests read this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+
+
+@dataclass(frozen=True)
+class Row:
+    """`forward(u, *args)`; `backward(g, x, *args)`, where x is the output if `from_output(*args)`, else the input."""
+
+    module: type[nn.Module]
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+    args: Callable[[Any], tuple[Any, ...]] = lambda m: ()
+    from_output: Callable[..., bool] = lambda *args: False
+
+
+def _always(*args: Any) -> bool:
+    return True
+
+
+def _prelu_slope(slope: Tensor, u: Tensor) -> Tensor:
+    """The slopes (1 or C values) in a shape that broadcasts against u (N, C, ...)."""
+    return slope.view(1, -1, *[1] * (u.dim() - 2)) if u.dim() > 1 else slope
+
+
+def prelu_backward(g: Tensor, u: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of PReLU with respect to its input and to its slopes."""
+    grad, each = aten._prelu_kernel_backward(u, _prelu_slope(slope, u), g)
+    if slope.numel() == 1:
+        return grad, each.sum().view_as(slope)
+    return grad, each.sum([d for d in range(u.dim()) if d != 1]).view_as(slope)
+
+
+TABLE: dict[str, Row] = {
+    "relu": Row(nn.ReLU, torch.relu, lambda g, a: aten.threshold_backward(g, a, 0), from_output=_always),
+    "relu6": Row(nn.ReLU6, F.relu6, lambda g, a: aten.hardtanh_backward(g, a, 0.0, 6.0), from_output=_always),
+    "leaky_relu": Row(
+        nn.LeakyReLU,
+        F.leaky_relu,
+        lambda g, x, slope: aten.leaky_relu_backward(g, x, slope, slope > 0),
+        lambda m: (m.negative_slope,),
+        lambda slope: slope > 0,
+    ),
+    "prelu": Row(nn.PReLU, F.prelu, prelu_backward),
+    "elu": Row(
+        nn.ELU,
+        F.elu,
+        lambda g, x, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, alpha > 0, x),
+        lambda m: (m.alpha,),
+        lambda alpha: alpha > 0,
+    ),
+    "selu": Row(
+        nn.SELU, F.selu, lambda g, a: aten.elu_backward(g, _SELU_ALPHA, _SELU_SCALE, 1.0, True, a), from_output=_always
+    ),
+    "celu": Row(
+        nn.CELU,
+        F.celu,
+        lambda g, x, alpha: aten.elu_backward(g, alpha, 1.0, 1.0 / alpha, alpha > 0, x),
+        lambda m: (m.alpha,),
+        lambda alpha: alpha > 0,
+    ),
+    "gelu": Row(
+        nn.GELU,
+        lambda u, approximate: F.gelu(u, approximate=approximate),
+        lambda g, u, approximate: aten.gelu_backward(g, u, approximate=approximate),
+        lambda m: (m.approximate,),
+    ),
+    "silu": Row(nn.SiLU, F.silu, aten.silu_backward),
+    "mish": Row(nn.Mish, F.mish, aten.mish_backward),
+    "tanh": Row(nn.Tanh, torch.tanh, aten.tanh_backward, from_output=_always),
+    "sigmoid": Row(nn.Sigmoid, torch.sigmoid, aten.sigmoid_backward, from_output=_always),
+    "log_sigmoid": Row(nn.LogSigmoid, F.logsigmoid, lambda g, u: torch.sigmoid(-u).mul_(g)),
+    "hardtanh": Row(
+        nn.Hardtanh,
+        F.hardtanh,
+        aten.hardtanh_backward,
+        lambda m: (m.min_val, m.max_val),
+        _always,
+    ),
+    "hardsigmoid": Row(nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid_backward),
+    "hardswish": Row(nn.Hardswish, F.hardswish, aten.hardswish_backward),
+    "hardshrink": Row(nn.Hardshrink, F.hardshrink, aten.hardshrink_backward, lambda m: (m.lambd,)),
+    "softshrink": Row(nn.Softshrink, F.softshrink, aten.softshrink_backward, lambda m: (m.lambd,)),
+    "softplus": Row(nn.Softplus, F.softplus, aten.softplus_backward, lambda m: (m.beta, m.threshold)),
+    "softsign": Row(nn.Softsign, F.softsign, lambda g, a: (1 - a.abs()).square_().mul_(g), from_output=_always),
+    "tanhshrink": Row(nn.Tanhshrink, F.tanhshrink, lambda g, u: torch.tanh(u).square_().mul_(g)),
+    "threshold": Row(
+        nn.Threshold,
+        F.threshold,
+        lambda g, u, threshold, value: aten.threshold_backward(g, u, threshold),
+        lambda m: (m.threshold, m.value),
+    ),
+}
+
+BY_MODULE = {row.module: name for name, row in TABLE.items()}

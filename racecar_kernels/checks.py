@@ -1,0 +1,126 @@
+"""What is refused, each with a sentence that says what was given and what would be right.
+
+Reads shapes, dtypes and devices only, so it runs on fake tensors too, and before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layer import Activation, Layer, Norm, Segment, after_steps
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(
+    segment: Segment,
+    y: Tensor,
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    params: Sequence[Tensor | None],
+) -> None:
+    """Raises TypeError for a wrong dtype, ValueError for anything else that does not fit together."""
+    n = len(segment.layers)
+    if not len(targets) == len(weights) == len(biases) == n:
+        raise ValueError(
+            f"{n} reverse layers need {n} targets, weights and biases each, "
+            f"got {len(targets)}, {len(weights)} and {len(biases)}"
+        )
+    slots = sum(layer.tensors for layer in segment.layers)
+    if len(params) != slots:
+        raise ValueError(f"the latents of these layers take {slots} tensors (some may be None), got {len(params)}")
+    _check_tensor("y", y, y)
+    source, at = tuple(y.shape), 0
+    for i, layer in enumerate(segment.layers):
+        _check_layer(layer, y, targets[i], weights[i], biases[i])
+        _check_source(layer, segment.undo_of(i), source, targets[i], weights[i], first=i == 0)
+        seen = layer.input_shape(tuple(targets[i].shape))
+        _check_latent(layer, seen, y, params[at : at + layer.tensors])
+        at += layer.tensors
+        source = seen
+
+
+def _check_tensor(name: str, t: Tensor, like: Tensor) -> None:
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be a real floating-point tensor (float64 to bfloat16), got {t.dtype}")
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, y is on {like.device}; all tensors must be on one device")
+    if t.numel() == 0:
+        raise ValueError(f"{name} is empty, shape {tuple(t.shape)}; a reverse layer needs a batch of at least one")
+
+
+def _check_layer(layer: Layer, y: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    dims = layer.tied.dims
+    _check_tensor("target", target, y)
+    _check_tensor("weight", weight, y)
+    if weight.dtype != y.dtype:
+        raise TypeError(f"weight is {weight.dtype}, y is {y.dtype}; both must have one dtype")
+    if weight.dim() != dims + 2:
+        kind = f"a {dims}d convolution's weight has {dims + 2}" if dims else "a linear weight has 2"
+        raise ValueError(f"{kind} dimensions, got {tuple(weight.shape)}")
+    if dims and target.dim() != dims + 2:
+        raise ValueError(
+            f"target of a {dims}d convolution must be (batch, channels, {dims} spatial sizes), got {tuple(target.shape)}"
+        )
+    if not dims and target.dim() < 1:
+        raise ValueError("target of a linear layer must be (..., in_features), got a scalar")
+    seen = layer.input_shape(tuple(target.shape))
+    channels, expected = seen[1] if dims else seen[-1], weight.shape[1] * layer.tied.groups
+    if channels != expected:
+        what = "input channels" if dims else "input features"
+        raise ValueError(f"weight expects {expected} {what}, target has {channels}")
+    if bias is not None:
+        _check_tensor("bias", bias, y)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
+
+
+def _check_source(
+    layer: Layer, undo: tuple, source: tuple[int, ...], target: Tensor, weight: Tensor, *, first: bool
+) -> None:
+    full = layer.output_shape(tuple(target.shape), tuple(weight.shape))
+    if min(full) < 1:
+        raise ValueError(
+            f"target {tuple(target.shape)} is too small for weight {tuple(weight.shape)}: result {tuple(full)}"
+        )
+    expected = after_steps(full, undo)
+    if source != expected:
+        name = "y" if first else "the target of the layer above"
+        raise ValueError(
+            f"{name} gives a source of shape {source}; target {tuple(target.shape)} and weight {tuple(weight.shape)} "
+            f"ask for {tuple(expected)}"
+        )
+
+
+def _check_latent(layer: Layer, shape: tuple[int, ...], y: Tensor, params: Sequence[Tensor | None]) -> None:
+    at = 0
+    for step in layer.latent:
+        own = params[at : at + step.tensors]
+        at += step.tensors
+        for t in own:
+            if t is not None and t.device != y.device:
+                raise ValueError(f"a tensor of the latent is on {t.device}, y is on {y.device}; use one device")
+        channels = shape[1] if len(shape) > 1 else shape[0]
+        if isinstance(step, Activation):
+            if own and (own[0] is None or own[0].numel() not in (1, channels)):
+                given = None if own[0] is None else own[0].numel()
+                raise ValueError(f"PReLU needs 1 slope or one for each of {channels} channels, got {given}")
+        elif step.kind == "layer":
+            if tuple(shape[-len(step.shape) :]) != step.shape:
+                raise ValueError(f"layer norm over {step.shape} cannot be applied to what comes back, shape {shape}")
+        else:
+            _check_norm(step, own, channels)
+
+
+def _check_norm(step: Norm, own: Sequence[Tensor | None], channels: int) -> None:
+    for name, t in zip(("scale", "shift", "mean", "variance"), own, strict=True):
+        if t is not None and t.numel() != channels:
+            raise ValueError(f"the {step.kind} norm's {name} has {t.numel()} values, its input {channels} channels")
+    if step.running and (own[2] is None or own[3] is None):
+        raise ValueError("a norm with running statistics needs their mean and variance, got None")
+    if step.kind == "group" and channels % step.groups:
+        raise ValueError(f"group norm: {channels} channels do not divide into {step.groups} groups")

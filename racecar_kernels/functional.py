@@ -1,0 +1,173 @@
+"""Reverse layers as functions: the public face of the operator in `ops.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import describe, ops
+from .backends import Query, choose
+from .layer import Layer, Segment
+
+REDUCTIONS = ("l2", "sum", "mean")
+MEMORY = ("store", "recompute")
+
+
+def loss_factor(reduction: str, elements: int) -> float:
+    """What Σ(·)² is multiplied by: ½ for `l2`, 1 for `sum`, 1/elements for `mean`."""
+    return {"l2": 0.5, "sum": 1.0, "mean": 1.0 / elements}[reduction]
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def reverse_layers(
+    segment: Segment,
+    y: Tensor,
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    params: Sequence[Tensor | None],
+    *,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Runs several reverse layers, each the source of the next; all that is public here rests on it.
+
+    Args:
+        segment: what is not a tensor, the highest layer first.
+        y: source of the first, before `segment.undo`.
+        targets, weights, biases: one per layer.
+        params: the tensors of all latents, one layer after the other.
+        keep: False keeps nothing for the backward and computes the segment again there.
+
+    Returns:
+        a of the last layer (its `pre` not undone), and Σ (target - undo(a))² of every layer, float32 or wider.
+    """
+    y, weights, biases = autocast(y, weights, biases)
+    a, losses, _ = torch.ops.racecar.reverse_layers(
+        y, list(targets), list(weights), list(biases), list(params), str(segment), keep
+    )
+    return a, losses
+
+
+def autocast(
+    y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Under autocast, casts what autocast casts for a convolution; the gradients find their way back."""
+    kind = y.device.type
+    if not torch.is_autocast_enabled(kind) or y.dtype == torch.float64:
+        return y, list(weights), list(biases)
+    dtype = torch.get_autocast_dtype(kind)
+    return y.to(dtype), [w.to(dtype) for w in weights], [None if b is None else b.to(dtype) for b in biases]
+
+
+def reverse_layer(
+    y: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    pre: Sequence[nn.Module] = (),
+    latent: Sequence[nn.Module] = (),
+    undo: Sequence[nn.Module] = (),
+    norm: str = "batch",
+    reduction: str = "l2",
+    memory: str = "store",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The reverse of one layer, and how far it is from what the layer received.
+
+        s = undo(y) - bias,  u = Wᵀ s,  a = latent(u),  loss = reduction(target - undo_pre(a))
+
+    (Xie & Thuerey et al. 2020, Eq. 3; 2021, Eq. 24.) The operation is the exact adjoint of the forward convolution or
+    linear map with these settings. The difference is never materialised; one tensor is kept for the backward.
+
+    Args:
+        y: what the layer gave, (N, C_out, *spatial) or (..., out_features); or a tensor from which `undo` leads there.
+        target: what the layer received, before `pre`: (N, C_in, *spatial) or (..., in_features).
+        weight: (C_out, C_in/groups, *kernel) of a 1d, 2d or 3d convolution, or (out_features, in_features).
+        bias: (C_out,), subtracted from the source; None if the layer has none.
+        stride, padding, dilation, groups, padding_mode: as in `torch.nn.Conv2d`; ignored by a linear weight.
+        pre: modules between target and the operation: pooling, nearest `Upsample`, dropout.
+        latent: modules applied to u: norms and activations, in their forward order.
+        undo: `pre` of the layer above, if y is that layer's `a`: then the up-sampling is folded into the convolution.
+        norm: statistics of batch norms in training mode: `batch` (of u) or `running`.
+        reduction: `l2` = ½·Σ(·)², `sum` = Σ(·)², `mean` = mean(·)².
+        memory: `store` keeps one tensor, `recompute` none.
+        backend: name of one of `backends()`; None chooses.
+
+    Returns:
+        a, with the shape in which the operation saw its input, and the loss, a scalar in float32 or wider.
+
+    Raises:
+        ValueError: shapes, devices or settings that do not fit, an empty batch; the message says what would.
+        TypeError: an integer or complex tensor, or two dtypes.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("memory", memory, MEMORY)
+    check_choice("norm", norm, ("batch", "running"))
+    dims = weight.dim() - 2
+    if dims not in (0, 1, 2, 3):
+        raise ValueError(f"weight must have 2 dimensions (linear) or 3 to 5 (convolution), got {tuple(weight.shape)}")
+    tied = describe.Tied()
+    if dims:
+        tied = _convolution(weight, stride, padding, dilation, groups, padding_mode)
+    steps = [describe.latent_of(m, norm) for m in latent]
+    layer = Layer(tied, describe.steps_of(pre, dims), tuple(s for s in steps if s is not None))
+    segment = Segment((layer,), describe.steps_of(undo, dims), backend)
+    choose(Query(layer, y.device.type, y.dtype), backend)  # a forced backend refuses before anything is computed
+    params = [t for m, s in zip(latent, steps, strict=True) for t in describe.latent_tensors(m, s)]
+    a, losses = reverse_layers(segment, y, [target], [weight], [bias], params, keep=memory == "store")
+    return a, losses[0] * loss_factor(reduction, target.numel())
+
+
+def _convolution(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> describe.Tied:
+    check_choice("padding_mode", mode, ("zeros", "reflect", "replicate", "circular"))
+    dims = weight.dim() - 2
+    stride, dilation = describe.each(stride, dims), describe.each(dilation, dims)
+    if isinstance(padding, str):
+        check_choice("padding", padding, ("same", "valid"))
+        if padding == "same" and max(stride) > 1:
+            raise ValueError(f"padding='same' needs stride 1, got {stride}")
+    else:
+        padding = describe.each(padding, dims)
+    pairs = describe.padding_pairs(padding, tuple(weight.shape[2:]), dilation)
+    return describe.Tied(stride, pairs, dilation, groups, mode)
+
+
+def deferred_layer(
+    segment: Segment,
+    y: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    params: Sequence[Tensor | None],
+    report: ops.Report,
+) -> tuple[Tensor, Tensor]:
+    """One reverse layer that is computed in the backward pass only, and keeps nothing of its own.
+
+    Put it directly behind the layer, and go on with the tensor that it returns (y's values and memory): the engine
+    then runs it just before that layer's own backward, and adds both gradients in one place.
+
+    Returns:
+        y for the rest of the network, and a scalar 0 that stands for Σ (target - undo(a))²: whatever gradient reaches
+        it is the weight of this layer's gradients. `report.loss` holds the sum after the backward pass.
+    """
+    if len(segment.layers) != 1:
+        raise ValueError(f"a deferred segment holds one layer, got {len(segment.layers)}")
+    source, (weight,), (bias,) = autocast(y, [weight], [bias])
+    ops.check(segment, source, [target], [weight], [bias], params)
+    return ops.Deferred.apply(
+        str(segment), report, y if source is not y else None, source, target, weight, bias, *params
+    )

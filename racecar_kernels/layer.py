@@ -1,0 +1,193 @@
+"""What a reverse layer is made of, as plain immutable values.
+
+A `Layer` holds everything about layer m that is not a tensor. It is hashable, so that plans can be compared and
+cached, and turns into a string, because the schema of an operator knows strings but no structures.
+
+    d_m ──pre──> tied operation ──latent──> d_{m+1}          forward
+    d'_m <─undo pre── latent of m-1 <── transposed <── y      reverse
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, Union
+
+Ints = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tied:
+    """The operation whose weight the reverse shares: linear without `stride`, else a 1d, 2d or 3d convolution.
+
+    `padding` holds (before, after) of every spatial dimension, so that `same` with even kernels has a place.
+    """
+
+    stride: Ints = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: Ints = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @property
+    def dims(self) -> int:
+        return len(self.stride)
+
+    def output_size(self, size: Ints, kernel: Ints) -> Ints:
+        """Spatial size of the forward's result for an input of spatial `size`."""
+        return tuple(
+            (n + sum(p) - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Max or average pooling in front of a tied operation. Undone by repeating every value `stride` times."""
+
+    kernel: Ints
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    ceil_mode: bool = False
+
+    def output_size(self, size: Ints) -> Ints:
+        return tuple(map(self._length, size, self.kernel, self.stride, self.padding, self.dilation))
+
+    def _length(self, n: int, k: int, s: int, p: int, d: int) -> int:
+        reach = n + 2 * p - d * (k - 1) - 1
+        length = (-(-reach // s) if self.ceil_mode else reach // s) + 1
+        # with ceil_mode a window must still start inside the image or its left padding
+        return length - 1 if self.ceil_mode and (length - 1) * s >= n + p else length
+
+
+@dataclass(frozen=True)
+class Upsample:
+    """Nearest up-sampling by whole `factor`s. Undone by max pooling with the same factors."""
+
+    factor: Ints
+
+    def output_size(self, size: Ints) -> Ints:
+        return tuple(n * f for n, f in zip(size, self.factor, strict=True))
+
+
+Step = Union[Pool, Upsample]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A row of the table in `activations.py`, with the module's settings. PReLU takes one tensor: its slopes."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+
+    @property
+    def tensors(self) -> int:
+        return 1 if self.name == "prelu" else 0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation. Takes four tensors: scale, shift, mean, variance (the last two only when `running`).
+
+    `kind` is batch, group (instance normalisation is one group per channel) or layer; `groups` belongs to group,
+    `shape` to layer. `running`: a per-channel affine with the mean and variance given.
+    """
+
+    kind: str
+    eps: float
+    running: bool = False
+    groups: int = 0
+    shape: Ints = ()
+
+    @property
+    def tensors(self) -> int:
+        return 4
+
+
+Latent = Union[Activation, Norm]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One reverse layer: `pre` and `tied` of layer m, `latent` of layer m-1 (for m = 1 the input's activation)."""
+
+    tied: Tied
+    pre: tuple[Step, ...] = ()
+    latent: tuple[Latent, ...] = ()
+    compare: bool = True  # False: only passed through, its loss is 0 (RR^s compares the first s layers)
+
+    def input_shape(self, target: Ints) -> Ints:
+        """Shape in which the tied operation saw its input, when the layer received `target`."""
+        return after_steps(target, self.pre)
+
+    def output_shape(self, target: Ints, weight: Ints) -> Ints:
+        """Shape of what the tied operation gave, and so of the source y once it is undone."""
+        seen = self.input_shape(target)
+        if self.tied.dims == 0:
+            return (*seen[:-1], weight[0])
+        return (seen[0], weight[0], *self.tied.output_size(seen[2:], weight[2:]))
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensor slots (some may be None) that the latent takes."""
+        return sum(step.tensors for step in self.latent)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Reverse layers run one after the other, the highest m first, each the source of the next.
+
+    `undo` is the `pre` of the layer above: operations that the source y has still to be taken back through.
+    """
+
+    layers: tuple[Layer, ...]
+    undo: tuple[Step, ...] = ()
+    backend: str | None = None
+
+    def __str__(self) -> str:
+        return _encode_cached(self)
+
+    def undo_of(self, i: int) -> tuple[Step, ...]:
+        """Operations that the source of the i-th layer has still to be taken back through."""
+        return self.layers[i - 1].pre if i else self.undo
+
+
+def after_steps(shape: Ints, steps: tuple[Step, ...]) -> Ints:
+    """Shape after the forward's pooling and up-sampling; each acts on as many trailing dimensions as it has factors."""
+    for step in steps:
+        dims = len(step.factor if isinstance(step, Upsample) else step.kernel)
+        shape = (*shape[:-dims], *step.output_size(shape[-dims:]))
+    return shape
+
+
+_KINDS = {kind.__name__: kind for kind in (Tied, Pool, Upsample, Activation, Norm, Layer, Segment)}
+
+
+def _encode(value: Any) -> Any:
+    if type(value) in _KINDS.values():
+        return [type(value).__name__, *(_encode(getattr(value, f.name)) for f in fields(value))]
+    return [_encode(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _decode(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if value and isinstance(value[0], str) and value[0] in _KINDS:
+        return _KINDS[value[0]](*map(_decode, value[1:]))
+    return tuple(map(_decode, value))
+
+
+@lru_cache(maxsize=4096)
+def _encode_cached(segment: Segment) -> str:
+    return json.dumps(_encode(segment), separators=(",", ":"))
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Segment:
+    """The `Segment` that `str(segment)` came from."""
+    segment = _decode(json.loads(text))
+    if not isinstance(segment, Segment):
+        raise ValueError(f"not a description of reverse layers: {text[:80]!r}; make one with str(Segment(...))")
+    return segment
