@@ -1,0 +1,227 @@
+"""Which layers of a model run backwards, and why the others do not.
+
+A *layer* is `pre` (pooling, up-sampling, dropout), then the tied operation, then its latent: the norms and activations
+behind it. This module finds the layers of a chain: a (nested) `nn.Sequential`. It looks at modules only and computes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from racecar_kernels import describe
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+_SILENT = (nn.Identity, *describe.DROPOUTS)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer of the model, in the forward's order. At run time it receives d and gives y.
+
+    Attributes:
+        name: path of the tied operation in the model (`0`, `features.3`); a second use of a module ends in `#2`.
+        pre: pooling, up-sampling and dropout between d and the operation.
+        op: Linear, Conv1d, Conv2d or Conv3d.
+        latent: norms and activations behind it, up to y. The layer above applies them to what it sends back.
+        first, last: places in `Plan.order` of the module that receives d and of the one that gives y.
+    """
+
+    name: str
+    pre: tuple[nn.Module, ...]
+    op: nn.Module
+    latent: tuple[nn.Module, ...]
+    first: int
+    last: int
+
+
+@dataclass
+class Plan:
+    """The layers that run backwards, and the operations that do not with the reason. Print it for a table.
+
+    Attributes:
+        layers: m = 1 first.
+        left_out: (name, reason) of what is not covered.
+        order: the chain's modules as they run, up to where it ends; one that is used twice stands there twice.
+        obstacle: why there is no unique path from output to input, None if there is one.
+        variant: `full` or `local`.
+        kernel: backend that serves the layers.
+        compared: number of layers, from the input, whose loss counts.
+    """
+
+    layers: list[PlannedLayer]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    order: list[nn.Module] = field(default_factory=list)
+    obstacle: str | None = None
+    variant: str = "full"
+    kernel: str = "reference"
+    compared: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        return [layer.name for layer in self.layers]
+
+    def __str__(self) -> str:
+        rows = [("layer", "tied to", "variant", "kernel", "why not")]
+        for m, layer in enumerate(self.layers):
+            below = self.layers[m - 1].latent if m else ()
+            note = "" if m < self.compared else f"passed through, not compared (layers={self.compared})"
+            rows.append((layer.name, _way_back(layer, below), self.variant, self.kernel, note))
+        rows += [(name, "-", "-", "-", reason) for name, reason in self.left_out]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plan_chain(model: nn.Module) -> Plan:
+    """Finds the layers of a chain, from the input up to the first operation whose shape cannot be undone.
+
+    Raises:
+        ValueError: the model is no chain, has nothing to tie, draws random activations, or is not yet initialised.
+    """
+    if not _is_chain(model):
+        raise ValueError(
+            f"{type(model).__name__} is not a (nested) nn.Sequential, the only kind of model that is planned so far; "
+            "wrap the nn.Sequential inside it that you want to train backwards, for example racecar.wrap(model.features)"
+        )
+    walk = _Walk()
+    for name, module in _leaves(model):
+        walk.step(name, module)
+    if not walk.layers:
+        raise ValueError(
+            f"{type(model).__name__} has nothing to run backwards: it needs at least one nn.Linear, nn.Conv1d, "
+            f"nn.Conv2d or nn.Conv3d that a chain from the input reaches" + walk.reasons()
+        )
+    walk.check_shapes()
+    plan = Plan(walk.layers, walk.left_out, walk.order, walk.obstacle)
+    for layer in plan.layers:
+        if any(is_lazy(p) for p in layer.op.parameters()):
+            raise ValueError(f"layer {layer.name!r} is lazy and has no weight yet; run one forward before wrapping")
+    return plan
+
+
+def _is_chain(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module._modules.items():  # named_children would leave out a module's second use
+        if child is None:
+            continue
+        if _is_chain(child):
+            yield from _leaves(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+class _Walk:
+    """Walks along the chain once and sorts every module into the layers."""
+
+    def __init__(self) -> None:
+        self.layers: list[PlannedLayer] = []
+        self.left_out: list[tuple[str, str]] = []
+        self.order: list[nn.Module] = []
+        self.obstacle: str | None = None
+        self.pre: list[nn.Module] = []
+        self.stop: str | None = None
+
+    def step(self, name: str, module: nn.Module) -> None:
+        if self.stop is not None:
+            self._behind_the_stop(name, module)
+            return
+        self.order.append(module)
+        if describe.is_a(module, describe.TIED):
+            self._add_layer(name, module)
+        elif describe.is_a(module, _SILENT):
+            self.pre.append(module)
+        elif isinstance(module, nn.Flatten) and not self.layers and not self._pooled():
+            self.pre = []  # belongs to the input: d_1 is flattened
+        elif describe.is_a(module, describe.PRE):
+            self._try(name, module, lambda: (describe.step_of(module), self.pre.append(module)))
+        elif not self.layers and describe.is_a(module, (*describe.NORMS, *describe.ACTIVATIONS)):
+            if self._pooled():
+                self._end(name, module, "a norm or activation between pooling and the first layer")
+            self.pre = []  # prepares the input: d_1 is what the first layer receives
+        elif self._pooled():
+            self._end(name, module, f"{_kind(module)} behind pooling or up-sampling cannot be undone; put it in front")
+        else:
+            self._try(name, module, lambda: self._add_latent(module))
+
+    def _add_layer(self, name: str, module: nn.Module) -> None:
+        uses = sum(layer.op is module for layer in self.layers)
+        name, at = f"{name}#{uses + 1}" if uses else name, len(self.order) - 1
+        self.layers.append(PlannedLayer(name, tuple(self.pre), module, (), at - len(self.pre), at))
+        self.pre = []
+
+    def _add_latent(self, module: nn.Module) -> None:
+        describe.latent_of(module)
+        last = self.layers[-1]
+        latent = (*last.latent, *self.pre, module)
+        self.layers[-1] = replace(last, latent=latent, last=len(self.order) - 1)
+        self.pre = []  # dropout in front of an activation belongs to the latent, which the reverse runs without it
+
+    def _pooled(self) -> bool:
+        return any(not describe.is_a(module, _SILENT) for module in self.pre)
+
+    def _try(self, name: str, module: nn.Module, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except describe.Unsupported as reason:
+            self._end(name, module, str(reason))
+        except ValueError as refused:
+            raise ValueError(f"layer {name!r}: {refused}") from None
+
+    def _end(self, name: str, module: nn.Module, reason: str) -> None:
+        self.stop = name
+        self.left_out.append((name, f"ends the chain: {reason}"))
+        self._look_inside(name, module)
+
+    def _behind_the_stop(self, name: str, module: nn.Module) -> None:
+        if describe.is_a(module, describe.TIED):
+            self.left_out.append((name, f"behind {self.stop!r}, where the chain ends"))
+        else:
+            self._look_inside(name, module)
+
+    def _look_inside(self, name: str, module: nn.Module) -> None:
+        """A module with tied operations of its own is a part of the graph that this planner does not see into."""
+        inside = [
+            n for n, m in module.named_modules(prefix=name) if describe.is_a(m, describe.TIED) and m is not module
+        ]
+        self.left_out += [(n, f"inside {name!r} ({_kind(module)}), which is no chain") for n in inside]
+        if inside and self.obstacle is None:
+            self.obstacle = f"{name!r} ({_kind(module)}) is not a chain of modules"
+
+    def check_shapes(self) -> None:
+        """A layer norm over the image's rows and columns cannot meet what comes back at another size."""
+        for m in range(1, len(self.layers)):
+            sized = [
+                n
+                for n in self.layers[m - 1].latent
+                if describe.is_a(n, (nn.LayerNorm,)) and len(n.normalized_shape) > 1
+            ]
+            if sized and any(not describe.is_a(p, _SILENT) for p in self.layers[m].pre):
+                reason = (
+                    f"layer norm over {tuple(sized[0].normalized_shape)} does not fit what comes back before pooling"
+                )
+                self.left_out = [(layer.name, reason) for layer in self.layers[m:]] + self.left_out
+                self.layers = self.layers[:m]
+                return
+
+    def reasons(self) -> str:
+        return "".join(f"; {name!r} {reason}" for name, reason in self.left_out)
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _way_back(layer: PlannedLayer, below: tuple[nn.Module, ...]) -> str:
+    """`Conv2d 64->64, then ReLU, then undo MaxPool2d`: what the reverse of this layer does."""
+    weight = layer.op.weight
+    groups = getattr(layer.op, "groups", 1)
+    parts = [f"{_kind(layer.op)} {weight.shape[0]}->{weight.shape[1] * groups}"]
+    parts += [_kind(module) for module in below if not describe.is_a(module, _SILENT)]
+    parts += [f"undo {_kind(module)}" for module in reversed(layer.pre) if not describe.is_a(module, _SILENT)]
+    return ", ".join(parts)
