@@ -25,7 +25,7 @@ class Row:
 
     module: type[nn.Module]
     forward: Callable[..., Tensor]
-    backward: Callable[..., Tensor]
+    backward: Callable[..., Any]  # a tensor; for PReLU its two gradients
     args: Callable[[Any], tuple[Any, ...]] = lambda m: ()
     from_output: Callable[..., bool] = lambda *args: False
 
@@ -41,7 +41,9 @@ def _prelu_slope(slope: Tensor, u: Tensor) -> Tensor:
 
 def prelu_backward(g: Tensor, u: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of PReLU with respect to its input and to its slopes."""
-    grad, each = aten._prelu_kernel_backward(u, _prelu_slope(slope, u), g)
+    negative = u < 0
+    grad = torch.where(negative, g * _prelu_slope(slope, u), g)
+    each = torch.where(negative, u * g, 0)
     if slope.numel() == 1:
         return grad, each.sum().view_as(slope)
     return grad, each.sum([d for d in range(u.dim()) if d != 1]).view_as(slope)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layer import Activation, Layer, Norm, Segment, after_steps
+from .layer import Activation, Layer, Norm, Segment, Step, after_steps
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -64,7 +64,8 @@ def _check_layer(layer: Layer, y: Tensor, target: Tensor, weight: Tensor, bias: 
         raise ValueError(f"{kind} dimensions, got {tuple(weight.shape)}")
     if dims and target.dim() != dims + 2:
         raise ValueError(
-            f"target of a {dims}d convolution must be (batch, channels, {dims} spatial sizes), got {tuple(target.shape)}"
+            f"target of a {dims}d convolution must be (batch, channels, {dims} spatial sizes), "
+            f"got {tuple(target.shape)}"
         )
     if not dims and target.dim() < 1:
         raise ValueError("target of a linear layer must be (..., in_features), got a scalar")
@@ -80,7 +81,7 @@ def _check_layer(layer: Layer, y: Tensor, target: Tensor, weight: Tensor, bias: 
 
 
 def _check_source(
-    layer: Layer, undo: tuple, source: tuple[int, ...], target: Tensor, weight: Tensor, *, first: bool
+    layer: Layer, undo: tuple[Step, ...], source: tuple[int, ...], target: Tensor, weight: Tensor, *, first: bool
 ) -> None:
     full = layer.output_shape(tuple(target.shape), tuple(weight.shape))
     if min(full) < 1:

@@ -14,8 +14,8 @@ from .activations import BY_MODULE, TABLE
 from .layer import Activation, Latent, Norm, Pool, Step, Tied, Upsample
 
 TIED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_MAX_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
-_AVG_POOLS = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+_MAX_POOLS: dict[type[nn.Module], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+_AVG_POOLS: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -24,7 +24,7 @@ NORMS = (*_BATCH, *_INSTANCE, nn.GroupNorm, nn.LayerNorm)
 ACTIVATIONS = tuple(BY_MODULE)
 
 
-class Unsupported(ValueError):
+class UnsupportedError(ValueError):
     """This module has no reverse here; the message says why."""
 
 
@@ -38,10 +38,10 @@ def _kind(module: nn.Module, kinds: Any) -> Any:
 
 
 def tied_of(module: nn.Module) -> Tied:
-    """The tied operation of a Linear or ConvNd. Raises Unsupported for anything else."""
+    """The tied operation of a Linear or ConvNd. Raises UnsupportedError for anything else."""
     kind = _kind(module, TIED)
     if kind is None:
-        raise Unsupported(f"{type(module).__name__} is not a Linear, Conv1d, Conv2d or Conv3d")
+        raise UnsupportedError(f"{type(module).__name__} is not a Linear, Conv1d, Conv2d or Conv3d")
     if kind is nn.Linear:
         return Tied()
     m: Any = module
@@ -67,23 +67,23 @@ def step_of(module: nn.Module) -> Step | None:
         return _upsample(m)
     kind = _kind(module, (*_MAX_POOLS, *_AVG_POOLS))
     if kind is None:
-        raise Unsupported(f"{type(module).__name__} is no pooling or up-sampling that can be undone")
+        raise UnsupportedError(f"{type(module).__name__} is no pooling or up-sampling that can be undone")
     if getattr(m, "return_indices", False):
-        raise Unsupported(f"{type(module).__name__} with return_indices=True gives a tuple")
-    dims = {**_MAX_POOLS, **_AVG_POOLS}[kind]
-    sizes = [each(v, dims) for v in (m.kernel_size, m.stride, m.padding, getattr(m, "dilation", 1))]
-    return Pool(*sizes, m.ceil_mode)
+        raise UnsupportedError(f"{type(module).__name__} with return_indices=True gives a tuple")
+    dims = _MAX_POOLS[kind] if kind in _MAX_POOLS else _AVG_POOLS[kind]
+    kernel, stride, padding = each(m.kernel_size, dims), each(m.stride, dims), each(m.padding, dims)
+    return Pool(kernel, stride, padding, each(getattr(m, "dilation", 1), dims), m.ceil_mode)
 
 
 def _upsample(m: Any) -> Upsample:
     if m.mode not in ("nearest", "nearest-exact"):
-        raise Unsupported(f"Upsample with mode={m.mode!r}; only nearest up-sampling can be undone")
+        raise UnsupportedError(f"Upsample with mode={m.mode!r}; only nearest up-sampling can be undone")
     if m.scale_factor is None:
-        raise Unsupported("Upsample with size=; only scale_factor= says by how much")
+        raise UnsupportedError("Upsample with size=; only scale_factor= says by how much")
     # as many trailing dimensions as there are factors; one factor means all spatial ones, filled in by `steps_of`
     factors = m.scale_factor if isinstance(m.scale_factor, tuple) else (m.scale_factor,)
     if any(f != int(f) or f < 1 for f in factors):
-        raise Unsupported(f"Upsample with scale_factor={m.scale_factor}; only whole factors can be undone")
+        raise UnsupportedError(f"Upsample with scale_factor={m.scale_factor}; only whole factors can be undone")
     return Upsample(tuple(int(f) for f in factors))
 
 
@@ -120,7 +120,7 @@ def latent_of(module: nn.Module, norm: str = "batch") -> Latent | None:
         return Activation(name, TABLE[name].args(m))
     if isinstance(module, nn.RReLU):
         raise ValueError("RReLU draws random slopes, which the reverse cannot repeat; use LeakyReLU or PReLU")
-    raise Unsupported(f"{type(module).__name__} is no norm or elementwise activation that is served")
+    raise UnsupportedError(f"{type(module).__name__} is no norm or elementwise activation that is served")
 
 
 def latent_tensors(module: nn.Module, latent: Latent | None) -> list[Tensor | None]:

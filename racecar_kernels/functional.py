@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import describe, ops
 from .backends import Query, choose
-from .layer import Layer, Segment
+from .checks import check
+from .layer import Layer, Segment, Tied
 
 REDUCTIONS = ("l2", "sum", "mean")
 MEMORY = ("store", "recompute")
@@ -120,7 +121,7 @@ def reverse_layer(
     dims = weight.dim() - 2
     if dims not in (0, 1, 2, 3):
         raise ValueError(f"weight must have 2 dimensions (linear) or 3 to 5 (convolution), got {tuple(weight.shape)}")
-    tied = describe.Tied()
+    tied = Tied()
     if dims:
         tied = _convolution(weight, stride, padding, dilation, groups, padding_mode)
     steps = [describe.latent_of(m, norm) for m in latent]
@@ -132,7 +133,7 @@ def reverse_layer(
     return a, losses[0] * loss_factor(reduction, target.numel())
 
 
-def _convolution(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> describe.Tied:
+def _convolution(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> Tied:
     check_choice("padding_mode", mode, ("zeros", "reflect", "replicate", "circular"))
     dims = weight.dim() - 2
     stride, dilation = describe.each(stride, dims), describe.each(dilation, dims)
@@ -143,7 +144,7 @@ def _convolution(weight: Tensor, stride: Any, padding: Any, dilation: Any, group
     else:
         padding = describe.each(padding, dims)
     pairs = describe.padding_pairs(padding, tuple(weight.shape[2:]), dilation)
-    return describe.Tied(stride, pairs, dilation, groups, mode)
+    return Tied(stride, pairs, dilation, groups, mode)
 
 
 def deferred_layer(
@@ -167,7 +168,7 @@ def deferred_layer(
     if len(segment.layers) != 1:
         raise ValueError(f"a deferred segment holds one layer, got {len(segment.layers)}")
     source, (weight,), (bias,) = autocast(y, [weight], [bias])
-    ops.check(segment, source, [target], [weight], [bias], params)
+    check(segment, source, [target], [weight], [bias], params)
     return ops.Deferred.apply(
         str(segment), report, y if source is not y else None, source, target, weight, bias, *params
     )

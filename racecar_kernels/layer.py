@@ -12,7 +12,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, Union
+from math import inf
+from typing import Any
+
+import torch
 
 Ints = tuple[int, ...]
 
@@ -72,7 +75,7 @@ class Upsample:
         return tuple(n * f for n, f in zip(size, self.factor, strict=True))
 
 
-Step = Union[Pool, Upsample]
+Step = Pool | Upsample
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Norm:
         return 4
 
 
-Latent = Union[Activation, Norm]
+Latent = Activation | Norm
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Segment:
     backend: str | None = None
 
     def __str__(self) -> str:
-        return _encode_cached(self)
+        return _encode(self) if torch.compiler.is_compiling() else _encode_cached(self)
 
     def undo_of(self, i: int) -> tuple[Step, ...]:
         """Operations that the source of the i-th layer has still to be taken back through."""
@@ -162,13 +165,23 @@ def after_steps(shape: Ints, steps: tuple[Step, ...]) -> Ints:
     return shape
 
 
-_KINDS = {kind.__name__: kind for kind in (Tied, Pool, Upsample, Activation, Norm, Layer, Segment)}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Tied, Pool, Upsample, Activation, Norm, Layer, Segment)}
+_FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in _KINDS.values()}
 
 
-def _encode(value: Any) -> Any:
-    if type(value) in _KINDS.values():
-        return [type(value).__name__, *(_encode(getattr(value, f.name)) for f in fields(value))]
-    return [_encode(v) for v in value] if isinstance(value, tuple) else value
+def _encode(value: Any) -> str:
+    """JSON, in Python so plain that torch.compile can trace it."""
+    if type(value) in _FIELDS:
+        parts = [f'"{type(value).__name__}"', *[_encode(getattr(value, name)) for name in _FIELDS[type(value)]]]
+        return "[" + ",".join(parts) + "]"
+    if isinstance(value, tuple):
+        return "[" + ",".join([_encode(v) for v in value]) + "]"
+    if isinstance(value, str):
+        return '"' + value + '"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    words = {None: "null", inf: "Infinity", -inf: "-Infinity"}
+    return words[value] if value in words else str(value)
 
 
 def _decode(value: Any) -> Any:
@@ -179,9 +192,7 @@ def _decode(value: Any) -> Any:
     return tuple(map(_decode, value))
 
 
-@lru_cache(maxsize=4096)
-def _encode_cached(segment: Segment) -> str:
-    return json.dumps(_encode(segment), separators=(",", ":"))
+_encode_cached = lru_cache(maxsize=4096)(_encode)
 
 
 @lru_cache(maxsize=4096)

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import latent as latents
 from .backends import Backend, Query, choose
 from .checks import check
-from .layer import Layer, Segment, parse
+from .layer import Segment, parse
 from .reference import Call, Grads, Needs, State
 
 _LIB = torch.library.Library("racecar", "DEF")
@@ -32,7 +32,8 @@ _TENSORS = "Tensor y, Tensor[] targets, Tensor[] weights, Tensor?[] biases, Tens
 _LIB.define(f"reverse_layers({_TENSORS}, bool keep) -> (Tensor a, Tensor losses, Tensor[] kept)", tags=_TAGS)
 # gradients in the order of the inputs, without those that `needs` leaves out
 _LIB.define(
-    f"reverse_layers_backward(Tensor? grad_a, Tensor? grad_losses, {_TENSORS}, Tensor[] kept, bool[] needs) -> Tensor[]",
+    f"reverse_layers_backward(Tensor? grad_a, Tensor? grad_losses, {_TENSORS}, Tensor[] kept, bool[] needs)"
+    " -> Tensor[]",
     tags=_TAGS,
 )
 
@@ -145,12 +146,14 @@ def _resume(inputs: Inputs, backend: Backend, i: int, kept: Tensors) -> State:
 
 def _rerun(inputs: Inputs, backend: Backend) -> tuple[list[State | None], list[Tensor]]:
     """The forward again, for a segment of which nothing was kept."""
-    kept, state, a = [], None, inputs.y
+    kept: list[Tensor] = []
+    state: State | None = None
+    a = inputs.y
     for i in range(len(inputs.segment.layers)):
         state, u, _ = backend.forward(inputs.call(i, a))
         a = state.a
         kept.append(a if u is None else u)
-    return [None] * (len(kept) - 1) + [state], kept
+    return [*[None] * (len(kept) - 1), state], kept
 
 
 class _Wanted:
@@ -169,7 +172,7 @@ class _Wanted:
 
     def collect(self, grads: list[Grads]) -> list[Tensor]:
         inputs = self.inputs
-        each = [(self.y, grads[0].y, inputs.y)]
+        each: list[tuple[bool, Tensor | None, Tensor | None]] = [(self.y, grads[0].y, inputs.y)]
         each += list(zip(self.targets, [g.target for g in grads], inputs.targets, strict=True))
         each += list(zip(self.weights, [g.weight for g in grads], inputs.weights, strict=True))
         each += list(zip(self.biases, [g.bias for g in grads], inputs.biases, strict=True))

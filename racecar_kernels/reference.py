@@ -117,9 +117,9 @@ def _source(call: Call) -> tuple[Tensor, Ints | None]:
         return call.y, None
     shape, tied = _undone_shape(call), call.layer.tied
     factor = undo.whole_factors(call.undo, tuple(call.y.shape), shape)
-    if factor is not None and transposed.can_fold(tied) and len(factor) == tied.dims:
-        if transposed.folding_pays(call.weight, tied, factor):
-            return call.y, factor
+    foldable = factor is not None and transposed.can_fold(tied) and len(factor) == tied.dims
+    if factor is not None and foldable and transposed.folding_pays(call.y, call.weight, factor):
+        return call.y, factor
     return undo.apply(call.y, call.undo, shape), None
 
 

@@ -47,10 +47,10 @@ def forward(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints | N
     if tied.dims == 0:
         return torch.matmul(s, weight)
     if factor is None:
-        return _transpose(s, weight, tied, shape)
-    if polyphase_pays(weight, tied, shape):
-        return _polyphase(s, weight, tied, shape, factor)
-    return _transpose(s, fold(weight, factor), replace(tied, stride=factor), shape)
+        return plain(s, weight, tied, shape)
+    if polyphase_pays(weight, tied):
+        return polyphase(s, weight, tied, shape, factor)
+    return plain(s, fold(weight, factor), replace(tied, stride=factor), shape)
 
 
 def backward(
@@ -89,16 +89,20 @@ def can_fold(tied: Tied) -> bool:
     return tied.dims > 0 and tied.padding_mode == "zeros" and max(tied.stride) == 1 and max(tied.dilation) == 1
 
 
-def folding_pays(weight: Tensor, tied: Tied, factor: Ints) -> bool:
-    """Whether the folded kernel multiplies clearly less than the plain one."""
+def folding_pays(source: Tensor, weight: Tensor, factor: Ints) -> bool:
+    """Whether multiplying less outweighs folding the weight, which is paid once however many pixels there are.
+
+    The bounds here and in `polyphase_pays` are what `python -m bench.forms` measured on a CPU in float32.
+    """
     plain = prod(f * k for f, k in zip(factor, weight.shape[2:], strict=True))
     folded = prod(k + f - 1 for f, k in zip(factor, weight.shape[2:], strict=True))
-    return folded < 0.8 * plain
+    pixels = source.numel() // source.shape[1]
+    return folded < 0.8 * plain and pixels >= 384
 
 
-def polyphase_pays(weight: Tensor, tied: Tied, shape: Ints) -> bool:
-    """The interleaving copy costs more than a strided transposed convolution only where little is multiplied."""
-    return tied.groups == 1 and tied.dims < 3
+def polyphase_pays(weight: Tensor, tied: Tied) -> bool:
+    """With few channels in its result a strided transposed convolution idles, and interleaving the phases is cheap."""
+    return tied.groups == 1 and tied.dims < 3 and weight.shape[1] <= 8
 
 
 def fold(weight: Tensor, factor: Ints) -> Tensor:
@@ -123,7 +127,7 @@ def fold_adjoint(grad: Tensor, factor: Ints) -> Tensor:
     return grad
 
 
-def _transpose(s: Tensor, weight: Tensor, tied: Tied, shape: Ints) -> Tensor:
+def plain(s: Tensor, weight: Tensor, tied: Tied, shape: Ints) -> Tensor:
     dims, kernel = tied.dims, weight.shape[2:]
     if tied.padding_mode == "zeros":
         cut = tied.padding
@@ -139,9 +143,11 @@ def _transpose(s: Tensor, weight: Tensor, tied: Tied, shape: Ints) -> Tensor:
     # rows at the end that the forward's stride never reached come back as zeros
     missing = [max(0, at + n - have) for at, n, have in zip(start, shape[2:], base, strict=True)]
     u = _CONV_TRANSPOSE[dims](s, weight, None, tied.stride, padding, missing, tied.groups, tied.dilation)
-    for i in range(dims):
-        if u.shape[2 + i] != shape[2 + i]:
+    if u.shape[2:] != shape[2:]:  # never a view of something larger: it may be kept
+        layout = torch.channels_last if dims == 2 and not u.is_contiguous() else torch.contiguous_format
+        for i in range(dims):
             u = u.narrow(2 + i, start[i], shape[2 + i])
+        u = u.contiguous(memory_format=layout)
     return u if tied.padding_mode == "zeros" else _pad_adjoint(u, tied)
 
 
@@ -173,7 +179,7 @@ def _pad_adjoint(u: Tensor, tied: Tied) -> Tensor:
     return u
 
 
-def _polyphase(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints) -> Tensor:
+def polyphase(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints) -> Tensor:
     dims = tied.dims
     taps = [-(-(k + f - 1) // f) for k, f in zip(weight.shape[2:], factor, strict=True)]
     phases = _phase_weights(fold(weight, factor), factor, taps)

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import racecar_kernels as rk
 import torch
+from torch import Tensor, nn
+
+import racecar_kernels as rk
 from racecar_kernels import describe, undo
 from racecar_kernels.functional import loss_factor
 from racecar_kernels.layer import Latent
-from torch import Tensor, nn
 
 from .plan import Plan
 from .segments import split
@@ -124,7 +125,7 @@ class Engine:
             if hook is None:
                 hook = hooks[id(module), kind] = kind(self, len(hooks))
                 if kind is Enter:
-                    module.register_forward_pre_hook(hook)  # type: ignore[arg-type]
+                    module.register_forward_pre_hook(hook)
                 else:
                     module.register_forward_hook(hook)  # type: ignore[arg-type]
             hook.at_call[sum(other is module for other in self.plan.order[: place + 1])] = m
@@ -148,6 +149,8 @@ class Engine:
     def leave(self, y: Tensor) -> Tensor:
         """The last layer has given y."""
         run = self._running()
+        if len(run.targets) != len(self.plan.layers):
+            return y  # `recording` says what is missing
         if self._local(run):
             y = self._reverse_one(len(self.plan.layers) - 1, y, run)
         elif not run.reconstruct:
@@ -193,10 +196,9 @@ class Engine:
         count = self.settings.layers
         sums = torch.stack(run.sums[:count])
         factors = [loss_factor(self.settings.reduction, t.numel()) for t in run.targets[:count]]
-        kind = dict(dtype=sums.dtype, device=sums.device)
-        weights = torch.tensor(self.lam, **kind) * torch.tensor(factors, **kind) * self._processes()
-        total = (sums * weights).sum()
-        self.result = Result(total, sums.detach(), torch.tensor(factors, **kind), weights, run.reports)
+        scale = torch.tensor(factors, dtype=sums.dtype, device=sums.device)
+        weights = torch.tensor(self.lam, dtype=sums.dtype, device=sums.device) * scale * self._processes()
+        self.result = Result((sums * weights).sum(), sums.detach(), scale, weights, run.reports)
 
     def _processes(self) -> int:
         """`l2` and `sum` refer to the whole batch, while data-parallel training averages over the processes."""

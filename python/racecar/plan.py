@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from racecar_kernels import describe
 from torch import nn
 from torch.nn.parameter import is_lazy
+
+from racecar_kernels import describe
 
 _SILENT = (nn.Identity, *describe.DROPOUTS)
 
@@ -31,7 +33,7 @@ class PlannedLayer:
 
     name: str
     pre: tuple[nn.Module, ...]
-    op: nn.Module
+    op: Any  # a module of describe.TIED: has weight and bias
     latent: tuple[nn.Module, ...]
     first: int
     last: int
@@ -84,7 +86,7 @@ def plan_chain(model: nn.Module) -> Plan:
     if not _is_chain(model):
         raise ValueError(
             f"{type(model).__name__} is not a (nested) nn.Sequential, the only kind of model that is planned so far; "
-            "wrap the nn.Sequential inside it that you want to train backwards, for example racecar.wrap(model.features)"
+            "wrap the nn.Sequential in it that is to be trained backwards, for example racecar.wrap(model.features)"
         )
     walk = _Walk()
     for name, module in _leaves(model):
@@ -139,7 +141,7 @@ class _Walk:
         elif isinstance(module, nn.Flatten) and not self.layers and not self._pooled():
             self.pre = []  # belongs to the input: d_1 is flattened
         elif describe.is_a(module, describe.PRE):
-            self._try(name, module, lambda: (describe.step_of(module), self.pre.append(module)))
+            self._try(name, module, lambda: self._add_pre(module))
         elif not self.layers and describe.is_a(module, (*describe.NORMS, *describe.ACTIVATIONS)):
             if self._pooled():
                 self._end(name, module, "a norm or activation between pooling and the first layer")
@@ -155,6 +157,10 @@ class _Walk:
         self.layers.append(PlannedLayer(name, tuple(self.pre), module, (), at - len(self.pre), at))
         self.pre = []
 
+    def _add_pre(self, module: nn.Module) -> None:
+        describe.step_of(module)
+        self.pre.append(module)
+
     def _add_latent(self, module: nn.Module) -> None:
         describe.latent_of(module)
         last = self.layers[-1]
@@ -168,7 +174,7 @@ class _Walk:
     def _try(self, name: str, module: nn.Module, action: Callable[[], object]) -> None:
         try:
             action()
-        except describe.Unsupported as reason:
+        except describe.UnsupportedError as reason:
             self._end(name, module, str(reason))
         except ValueError as refused:
             raise ValueError(f"layer {name!r}: {refused}") from None
@@ -196,15 +202,10 @@ class _Walk:
     def check_shapes(self) -> None:
         """A layer norm over the image's rows and columns cannot meet what comes back at another size."""
         for m in range(1, len(self.layers)):
-            sized = [
-                n
-                for n in self.layers[m - 1].latent
-                if describe.is_a(n, (nn.LayerNorm,)) and len(n.normalized_shape) > 1
-            ]
+            norms = [n for n in self.layers[m - 1].latent if isinstance(n, nn.LayerNorm)]
+            sized = [n.normalized_shape for n in norms if len(n.normalized_shape) > 1]
             if sized and any(not describe.is_a(p, _SILENT) for p in self.layers[m].pre):
-                reason = (
-                    f"layer norm over {tuple(sized[0].normalized_shape)} does not fit what comes back before pooling"
-                )
+                reason = f"layer norm over {tuple(sized[0])} does not fit what comes back before pooling"
                 self.left_out = [(layer.name, reason) for layer in self.layers[m:]] + self.left_out
                 self.layers = self.layers[:m]
                 return

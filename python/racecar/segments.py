@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
+
+import torch
+
+_MOST_LIMITS = 64  # enough to be exact up to 10 layers, and quick for hundreds
 
 
-@lru_cache(maxsize=256)
 def split(sizes: tuple[int, ...]) -> list[int]:
     """Lengths of the segments of a reverse pass whose i-th result (highest layer first) takes `sizes[i]` bytes.
 
@@ -14,37 +18,58 @@ def split(sizes: tuple[int, ...]) -> list[int]:
     while it is computed again. Minimises kept + largest held, as gradient checkpointing does (Chen et al. 2016), but
     by bytes: with equal sizes this is about √n segments.
     """
-    best, cuts = min(
-        ((_cost(sizes, cuts), cuts) for cuts in map(lambda limit: _cut(sizes, limit), _limits(sizes))),
-        key=lambda pair: (pair[0], len(pair[1])),
-    )
-    return [b - a for a, b in zip([0, *cuts], [*cuts, len(sizes)], strict=True)]
+    return _split(sizes) if torch.compiler.is_compiling() else list(_cached(sizes))
 
 
-def _limits(sizes: Sequence[int]) -> list[int]:
-    """Every sum of neighbouring results: the bounds on a segment that can make a difference."""
-    n = len(sizes)
-    return sorted({sum(sizes[a:b]) for a in range(n) for b in range(a + 1, n + 1) if sum(sizes[a:b]) >= max(sizes)})
+@lru_cache(maxsize=256)
+def _cached(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(_split(sizes))
 
 
-def _cut(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
+def _split(sizes: tuple[int, ...]) -> list[int]:
+    before = [0]  # before[i]: bytes of the results in front of i
+    for size in sizes:
+        before.append(before[-1] + size)
+    best: list[int] = []
+    least = before[-1] + 1
+    for limit in _limits(sizes, before):  # plain loops: torch.compile traces them
+        cuts = _cut(sizes, before, limit)
+        cost = _cost(sizes, before, cuts)
+        if cost < least or (cost == least and len(cuts) < len(best)):
+            least, best = cost, cuts
+    return [b - a for a, b in zip([0, *best], [*best, len(sizes)], strict=True)]
+
+
+def _limits(sizes: tuple[int, ...], before: list[int]) -> list[int]:
+    """Sums of neighbouring results: the bounds on a segment that can make a difference, thinned out if many."""
+    n, largest = len(sizes), max(sizes)
+    sums = {before[b] - before[a] for a in range(n) for b in range(a + 1, n + 1)}
+    limits = sorted([s for s in sums if s >= largest])
+    step = -(-len(limits) // _MOST_LIMITS)
+    return limits[::-step]  # the largest, no cut at all, is always among them
+
+
+def _cut(sizes: tuple[int, ...], before: list[int], limit: int) -> list[int]:
     """The cuts that keep least, with no segment holding more than `limit`: dynamic programming over the last cut."""
-    n = len(sizes)
-    kept: list[float] = [0.0] + [float("inf")] * n
-    came = [0] * (n + 1)
-    for end in range(1, n + 1):
-        for start in range(end):
-            if sum(sizes[start:end]) <= limit:
-                cost = kept[start] + (sizes[start - 1] if start else 0)
-                if cost < kept[end]:
-                    kept[end], came[end] = cost, start
-    cuts, at = [], came[n]
+    kept, came = [0], [0]
+    for end in range(1, len(sizes) + 1):
+        start = end - 1
+        cheapest, source = kept[start] + (sizes[start - 1] if start else 0), start
+        while start and before[end] - before[start - 1] <= limit:
+            start -= 1
+            cost = kept[start] + (sizes[start - 1] if start else 0)
+            if cost < cheapest:
+                cheapest, source = cost, start
+        kept.append(cheapest)
+        came.append(source)
+    cuts, at = [], came[-1]
     while at:
         cuts.append(at)
         at = came[at]
-    return tuple(cuts[::-1])
+    return cuts[::-1]
 
 
-def _cost(sizes: Sequence[int], cuts: tuple[int, ...]) -> int:
+def _cost(sizes: tuple[int, ...], before: list[int], cuts: Sequence[int]) -> int:
     bounds = [0, *cuts, len(sizes)]
-    return sum(sizes[c - 1] for c in cuts) + max(sum(sizes[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    held = max([before[b] - before[a] for a, b in pairwise(bounds)])
+    return sum([sizes[c - 1] for c in cuts]) + held

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import racecar_kernels as rk
 import torch
+from torch import Tensor, nn
+
+import racecar_kernels as rk
 from racecar_kernels import describe
 from racecar_kernels.backends import choose
 from racecar_kernels.functional import REDUCTIONS, check_choice
-from torch import Tensor, nn
 
 from .engine import Engine, Settings
 from .plan import Plan, plan_chain
@@ -24,7 +24,7 @@ _KEY = "_racecar_engine"
 
 
 class Reversible(nn.Module):
-    """What a wrapped model has beside its own attributes. Never instantiated: `wrap` mixes it into the model's class."""
+    """What a wrapped model has beside its own attributes. `wrap` mixes it into the model's class."""
 
     @property
     def lam(self) -> list[float]:
@@ -79,7 +79,7 @@ class Reversible(nn.Module):
                 for module, own in buffers:
                     module._buffers.update({k: None if b is None else b.clone() for k, b in own.items()})
                 with engine.recording(reconstruct=True) as run:
-                    super().forward(x, *args, **kwargs)  # type: ignore[misc]
+                    super().forward(x, *args, **kwargs)
                 back = engine.reconstruct(run)
             finally:
                 for module, own in buffers:
@@ -96,13 +96,13 @@ class Reversible(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         engine: Engine | None = self.__dict__.get(_KEY)
         if engine is None:  # a slice of a wrapped nn.Sequential is made of its class, but not wrapped
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         engine.result = None  # lets go of the last forward's graph before a new one is built
         if not engine.active(self):
             engine.idle(self)
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)
         with engine.recording() as run:
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            out = super().forward(*args, **kwargs)
         engine.finish(run)
         return out
 
@@ -234,11 +234,16 @@ def _engine(model: nn.Module) -> Engine:
     return engine
 
 
-@lru_cache(maxsize=None)
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _wrapped_class(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `base`, so that isinstance holds; one per class, so that types compare equal."""
+    if base in _CLASSES:
+        return _CLASSES[base]
     names = {"__module__": base.__module__, "__doc__": base.__doc__}
-    return type(f"Racecar{base.__name__}", (Reversible, base), names)
+    _CLASSES[base] = type(f"Racecar{base.__name__}", (Reversible, base), names)
+    return _CLASSES[base]
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
