@@ -11,6 +11,7 @@ What is not a tensor stands in a string (`str(Segment(...))`, see `layer.py`). T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -52,9 +53,11 @@ class Inputs:
         ends = list(accumulate(layer.tensors for layer in self.segment.layers))
         self.params_of = [params[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
-    def backend(self) -> Backend:
-        query = Query(self.segment.layers[0], self.y.device.type, self.y.dtype)
-        return choose(query, self.segment.backend)
+    def backend(self, i: int) -> Backend:
+        return choose(Query(self.segment.layers[i], self.y.device.type, self.y.dtype), self.segment.backend)
+
+    def resume(self, i: int, kept: Tensor) -> State:
+        return self.backend(i).resume(self.segment.layers[i], kept, self.params_of[i])
 
     def call(self, i: int, y: Tensor) -> Call:
         layer = self.segment.layers[i]
@@ -92,10 +95,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     inputs = Inputs(y, targets, weights, biases, params, segment)
     check(inputs.segment, y, targets, weights, biases, params)
-    backend = inputs.backend()
     losses, kept, a = [], [], y
     for i in range(len(targets)):
-        state, u, loss = backend.forward(inputs.call(i, a))
+        state, u, loss = inputs.backend(i).forward(inputs.call(i, a))
         losses.append(loss)
         a = state.a
         if keep:
@@ -119,38 +121,36 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     inputs = Inputs(y, targets, weights, biases, params, segment)
-    backend = inputs.backend()
     wanted = _Wanted(inputs, needs)
     n = len(inputs.segment.layers)
     states: list[State | None] = [None] * n
     if not kept:
-        states, kept = _rerun(inputs, backend)
+        states, kept = _rerun(inputs)
+    twice = None if grad_losses is None else (grad_losses * 2).unbind()
     grads: list[Grads] = []
     for i in reversed(range(n)):
         if states[i] is None:
-            states[i] = _resume(inputs, backend, i, kept)
+            states[i] = inputs.resume(i, kept[i])
         if i and states[i - 1] is None:
-            states[i - 1] = _resume(inputs, backend, i - 1, kept)
+            states[i - 1] = inputs.resume(i - 1, kept[i - 1])
         source = states[i - 1].a if i else y  # type: ignore[union-attr]
-        c = None if grad_losses is None else grad_losses[i] * 2
-        result = backend.backward(inputs.call(i, source), states[i], grad_a, c, wanted.of(i))
+        c = None if twice is None else twice[i]
+        result = inputs.backend(i).backward(inputs.call(i, source), states[i], grad_a, c, wanted.of(i))
         states[i] = None
         grad_a, result.y = result.y, (None if i else result.y)
         grads.append(result)
     return wanted.collect(grads[::-1])
 
 
-def _resume(inputs: Inputs, backend: Backend, i: int, kept: Tensors) -> State:
-    return backend.resume(inputs.segment.layers[i], kept[i], inputs.params_of[i])
-
-
-def _rerun(inputs: Inputs, backend: Backend) -> tuple[list[State | None], list[Tensor]]:
+def _rerun(inputs: Inputs) -> tuple[list[State | None], list[Tensor]]:
     """The forward again, for a segment of which nothing was kept."""
     kept: list[Tensor] = []
     state: State | None = None
     a = inputs.y
     for i in range(len(inputs.segment.layers)):
-        state, u, _ = backend.forward(inputs.call(i, a))
+        call = inputs.call(i, a)
+        call = replace(call, layer=replace(call.layer, compare=False))  # its loss is known
+        state, u, _ = inputs.backend(i).forward(call)
         a = state.a
         kept.append(a if u is None else u)
     return [*[None] * (len(kept) - 1), state], kept

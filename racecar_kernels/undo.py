@@ -56,7 +56,8 @@ def sum_of_squares(target: Tensor, a: Tensor, steps: tuple[Step, ...]) -> Tensor
     parts = []
     for big, small in _pairs(target, a, steps):
         for d, b in _chunks(big, small, limit):
-            parts.append(torch.sub(d.to(wide), b).square_().sum())
+            r = torch.sub(d.to(wide), b)
+            parts.append(torch.dot(r.view(-1), r.view(-1)) if r.is_contiguous() else r.square_().sum())
     return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
 

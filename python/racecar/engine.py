@@ -105,6 +105,7 @@ class Engine:
         self.lam: list[float] = []
         self.run: _Run | None = None
         self.result: Result | None = None
+        self._cached: tuple[Any, Tensor, Tensor] | None = None
         self._described: dict[tuple[bool, ...], tuple[list[rk.Layer], list[list[Latent | None]]]] = {}
         after = plan.layers[-1].last + 1
         self._clone_output = after < len(plan.order) and _in_place(plan.order[after])
@@ -194,11 +195,22 @@ class Engine:
     def finish(self, run: _Run) -> None:
         """Σ λ_m · loss_m of the forward that has just run."""
         count = self.settings.layers
-        sums = torch.stack(run.sums[:count])
-        factors = [loss_factor(self.settings.reduction, t.numel()) for t in run.targets[:count]]
-        scale = torch.tensor(factors, dtype=sums.dtype, device=sums.device)
-        weights = torch.tensor(self.lam, dtype=sums.dtype, device=sums.device) * scale * self._processes()
-        self.result = Result((sums * weights).sum(), sums.detach(), scale, weights, run.reports)
+        sums = run.sums[0][:count] if self.settings.variant == "full" else torch.stack(run.sums[:count])
+        factors, weights = self._weights(tuple([t.numel() for t in run.targets[:count]]), sums)
+        self.result = Result((sums * weights).sum(), sums.detach(), factors, weights, run.reports)
+
+    def _weights(self, elements: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """What turns Σ(·)² of every compared layer into its loss, and that times λ."""
+        factors = [loss_factor(self.settings.reduction, n) for n in elements]
+        world = self._processes()
+        key = (tuple(self.lam), tuple(factors), world, like.dtype, like.device)
+        if self._cached is not None and self._cached[0] == key and not torch.compiler.is_compiling():
+            return self._cached[1:]
+        scale = torch.tensor(factors, dtype=like.dtype, device=like.device)
+        weights = torch.tensor(self.lam, dtype=like.dtype, device=like.device) * scale * world
+        if not torch.compiler.is_compiling():
+            self._cached = (key, scale, weights)
+        return scale, weights
 
     def _processes(self) -> int:
         """`l2` and `sum` refer to the whole batch, while data-parallel training averages over the processes."""
@@ -228,7 +240,7 @@ class Engine:
         return y
 
     def _reverse_all(self, y: Tensor, run: _Run) -> list[Tensor]:
-        """Full: from d_{n+1} down to d'_1. Returns the sums of squares, m = 1 first."""
+        """Full: from d_{n+1} down to d'_1. Returns the sums of squares of all layers in one tensor, m = 1 first."""
         specs, _ = self._specs()
         n = len(specs)
         lengths = [n]
@@ -240,8 +252,8 @@ class Engine:
         for length in lengths:
             y, part = self._reverse_segment(above - length, above, y, run)
             above -= length
-            sums += part.unbind()
-        return sums[::-1]
+            sums.append(part)
+        return [(torch.cat(sums) if len(sums) > 1 else sums[0]).flip(0)]
 
     def _reverse_segment(self, low: int, high: int, y: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
         """The reverse of layers low .. high-1, from the highest; y is what came back of the layer above, not undone."""
