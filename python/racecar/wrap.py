@@ -203,10 +203,10 @@ def _choose_variant(variant: str, memory: str, plan: Plan) -> str:
             f"variant='full' needs a unique path from output to input, but {plan.obstacle}; "
             "use variant='local' (or 'auto'), or wrap a chain inside the model"
         )
+    if variant == "auto":
+        variant = "full" if plan.obstacle is None else "local"
     if variant == "full" and memory == "deferred":
-        raise ValueError("memory='deferred' needs variant='local'; a full reverse can use 'store' or 'recompute'")
-    if variant == "auto":  # deferred can only mean local
-        return "local" if plan.obstacle is not None or memory == "deferred" else "full"
+        raise ValueError("memory='deferred' needs variant='local': a full reverse can use 'store' or 'recompute'")
     return variant
 
 
