@@ -35,7 +35,7 @@ def _found() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != NAME:
             return None, _refusal(f"it needs a module that is missing: {error}")
-        return None, f"the compiled extension was not built; to build it, {REBUILD}"
+        return None, f"not built; to build it, {REBUILD}"
     except ImportError as error:  # an undefined symbol, a missing library: the text names it
         return None, _refusal(f"it was most likely built for another PyTorch than {torch.__version__}: {error}")
     return _checked(module)
@@ -51,4 +51,4 @@ def _checked(module: ModuleType) -> tuple[ModuleType | None, str | None]:
 
 
 def _refusal(reason: str) -> str:
-    return f"the compiled extension is not used: {reason}. To rebuild it, {REBUILD}"
+    return f"not used: {reason}. To rebuild it, {REBUILD}"

@@ -1,0 +1,66 @@
+# Needs Python 3.10 or newer; everything else is installed into .venv, from the versions in constraints.txt.
+#
+#   make demo ARGS="--quick"      ARGS go to the command behind the target
+#   make test PYTHON=python3.12   another Python, for a fresh .venv
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PIP_REQUIRE_VIRTUALENV := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench gpu clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+install: $(STAMP) ## .venv with the package, its extension and all tools
+
+# The stamp is written last, so that an interrupted installation is taken up again and not mistaken for a finished one.
+# PyTorch comes first and by itself: the package's extension is compiled against it, without build isolation.
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "no Python is named $(PYTHON); try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+	  "Python 3.10 or newer is needed, %s is %d.%d; try: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
+	@rm -f $@
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch numpy setuptools ninja
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c 'from racecar_kernels import extension as e; print("compiled extension:", e.why_not() or "in use")'
+	@touch $@
+
+demo: $(STAMP) ## the main job on handwritten digits: a table, and a report with pictures
+	$(BIN)/racecar demo --out racecar-demo $(ARGS)
+	@echo "report: racecar-demo"/*.html
+
+test: $(STAMP) ## all tests with line coverage; ARGS="tests/test_measure.py --no-cov" for one file
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
+	@echo "lines that no test runs: htmlcov/index.html"
+
+lint: $(STAMP) ## ruff, clang-format and mypy, as CI runs them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrites the sources the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(STAMP) ## step time, kept and peak bytes against plain training, on this CPU
+	$(BIN)/python -m bench $(ARGS)
+
+# On purpose without .venv: a GPU machine has its own PyTorch, and perhaps no network.
+gpu: ## tests and figures on a GPU into OUT=dir, with PYTHON's own PyTorch; DRY=1: the same code on the CPU
+	@test -n "$(OUT)" || { echo 'say where to write: make gpu OUT=gpu-results (DRY=1 to try it on the CPU)' >&2; exit 2; }
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python$${PYTHONPATH:+:$$PYTHONPATH}" \
+	  $(PYTHON) -m bench.gpu --out "$(OUT)" $(if $(filter-out 0,$(DRY)),--dry-run) $(ARGS)
+
+clean: ## removes what make and the tools made, .venv included
+	rm -rf $(VENV) build dist ./*.egg-info python/*.egg-info racecar_kernels/_C*.so racecar-demo out htmlcov .coverage \
+	  .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
