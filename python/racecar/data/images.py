@@ -1,0 +1,190 @@
+"""Labelled images in memory, and the seeded splits and subsamples that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Labels = NDArray[np.int64]
+Pixels = NDArray[np.float32]
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says what was given and what would be right."""
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A classification task on images.
+
+    Attributes:
+        name: what the data is called in tables and reports.
+        train_x, test_x: float32 images in [0, 1], shape (images, channels, height, width).
+        train_y, test_y: int64 class indices, shape (images,).
+        classes: class names; `classes[i]` names label i.
+        found: (training images, test images) found at the source, before any limit.
+        notes: rules that were applied on the way (a split, a limit, a change of size or colour), one sentence each.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+    found: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.train_x.shape[1:]
+        return channels, height, width
+
+    def describe(self) -> str:
+        """What was found and what of it is used, in one line."""
+        channels, height, width = self.image_shape
+        return (
+            f"{self.name}: found {sum(self.found):,} images of {len(self.classes)} classes; using "
+            f"{len(self.train_y):,} for training and {len(self.test_y):,} for testing, "
+            f"{height}×{width} {'grey' if channels == 1 else 'colour'}"
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training or test half of a source whose pixels have not been read yet.
+
+    Attributes:
+        labels: class index of every image.
+        read: indices -> pixels, float32 in [0, 1], shape (images, height, width, channels).
+    """
+
+    labels: Labels
+    read: Callable[[Labels], Pixels]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a reader found: class names, a training part and, where the data has one, a test part."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Part
+    test: Part | None = None
+    notes: tuple[str, ...] = ()
+
+
+def stratified_split(labels: Labels, test_fraction: float, seed: int) -> tuple[Labels, Labels]:
+    """Splits indices class by class, so that both halves hold every class; at least one image of each in either half.
+
+    Args:
+        labels: class index of every image, every class at least twice.
+        test_fraction: part of every class that goes to the test half, between 0 and 1.
+        seed: of the shuffle; the same seed gives the same split on every machine.
+
+    Returns:
+        Sorted indices of the training half and of the test half.
+    """
+    rng = np.random.default_rng(seed)
+    train, test = [], []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = int(np.clip(round(test_fraction * len(members)), 1, len(members) - 1))
+        test.append(members[:count])
+        train.append(members[count:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
+
+
+def stratified_subsample(labels: Labels, limit: int, seed: int) -> Labels:
+    """At most `limit` indices (never fewer than one per class), shared out over the classes as they occur.
+
+    Args:
+        labels: class index of every image.
+        limit: how many images to keep; all of them where there are no more.
+        seed: of the choice.
+
+    Returns:
+        Sorted indices of the images that are kept.
+    """
+    if len(labels) <= limit:
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    kept = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        kept.append(members[: max(1, limit * len(members) // len(labels))])
+    return np.sort(np.concatenate(kept))
+
+
+def assemble(source: Source, *, limit: int | None, test_fraction: float, seed: int) -> ImageData:
+    """Checks the classes, splits and subsamples, and only then reads the pixels that are used.
+
+    Args:
+        source: what a reader found.
+        limit: at most so many training images, and half as many test images; None for all.
+        test_fraction: of the split that is made where the source has no test part.
+        seed: of split and subsample.
+
+    Raises:
+        DataError: fewer than two classes, a class with too few images, or a limit below the number of classes.
+    """
+    check_classes(source)
+    notes = list(source.notes)
+    test = source.test
+    if test is None:
+        train_index, test_index = stratified_split(source.train.labels, test_fraction, seed)
+        test = source.train
+        notes.append(f"No test set given: {test_fraction:.0%} of every class is kept for testing (seed {seed}).")
+    else:
+        train_index, test_index = np.arange(len(source.train.labels)), np.arange(len(test.labels))
+    found = (len(train_index), len(test_index))
+    if limit is not None and limit < len(source.classes):
+        raise DataError(f"limit is {limit}, but there are {len(source.classes)} classes: give at least one image each")
+    if limit is not None and (found[0] > limit or found[1] > limit // 2):
+        test_limit = max(limit // 2, len(source.classes))
+        train_index = train_index[stratified_subsample(source.train.labels[train_index], limit, seed)]
+        test_index = test_index[stratified_subsample(test.labels[test_index], test_limit, seed)]
+        notes.append(
+            f"Limited to {len(train_index)} of {found[0]} training and {len(test_index)} of {found[1]} test images, "
+            f"drawn class by class (seed {seed}); --limit changes it."
+        )
+    return ImageData(
+        name=source.name,
+        train_x=as_images(source.train.read(train_index)),
+        train_y=torch.from_numpy(source.train.labels[train_index]),
+        test_x=as_images(test.read(test_index)),
+        test_y=torch.from_numpy(test.labels[test_index]),
+        classes=source.classes,
+        found=found,
+        notes=tuple(notes),
+    )
+
+
+def check_classes(source: Source) -> None:
+    """Raises DataError unless there are two classes or more, each with an image to train on and one to test on."""
+    names = ", ".join(source.classes[:10]) or "none"
+    if len(source.classes) < 2:
+        raise DataError(f"{source.name}: found {len(source.classes)} class ({names}); at least 2 are needed")
+    needed = 2 if source.test is None else 1
+    for part, what in ((source.train, "training "), (source.test, "test ")):
+        if part is None:
+            continue
+        counts = np.bincount(part.labels, minlength=len(source.classes))
+        few = int(counts.argmin())
+        if counts[few] < needed:
+            what = what if source.test is not None else ""
+            raise DataError(
+                f"{source.name}: class '{source.classes[few]}' has {counts[few]} {what}images; at least {needed} "
+                f"{'are needed, one to train and one to test on' if needed == 2 else 'is needed'}"
+            )
+
+
+def as_images(pixels: Pixels) -> Tensor:
+    """(images, height, width, channels) in NumPy -> (images, channels, height, width) in PyTorch."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))

@@ -1,0 +1,58 @@
+"""Checkpoints: safetensors files with the keys of a plain `state_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit the model; the message names file and keys."""
+
+
+def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes `model.state_dict()`, the same keys whether the model is wrapped or not.
+
+    Args:
+        model: any module.
+        path: file to write, usually `*.safetensors`.
+        metadata: text to keep beside the tensors.
+    """
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(tensors, path, metadata=dict(metadata or {}))
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Reads a checkpoint into a model of the same architecture; every key is checked before a weight changes.
+
+    Args:
+        model: the module to fill, wrapped or not.
+        path: a file written by `save_checkpoint`.
+
+    Raises:
+        CheckpointError: no such file, not a safetensors file, or another architecture: keys that are missing,
+            unexpected or of another shape, all named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: {path}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    expected = model.state_dict()
+    shared = [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape]
+    shapes = [f"{key} is {tuple(tensors[key].shape)}, the model has {tuple(expected[key].shape)}" for key in shared]
+    problems = [
+        ("missing", [key for key in expected if key not in tensors]),
+        ("unexpected", [key for key in tensors if key not in expected]),
+        ("of another shape", shapes),
+    ]
+    if any(keys for _, keys in problems):
+        listed = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems if keys)
+        raise CheckpointError(f"{path} belongs to another architecture than this {type(model).__name__}: keys {listed}")
+    model.load_state_dict(tensors)

@@ -1,0 +1,98 @@
+"""The command line: help, a tiny run, and errors in one line with an exit code."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from racecar.cli import app
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_help_lists_every_option():
+    assert "demo" in invoke("--help").stdout
+    result = invoke("demo", "--help")
+    assert result.exit_code == 0
+    for option in ("--data", "--seeds", "--epochs", "--lam", "--blur", "--limit", "--batch-size", "--out", "--quick"):
+        assert option in plain(result.stdout)
+
+
+def test_a_tiny_run_writes_table_and_report(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "tiny.npz", x=rng.uniform(size=(24, 5, 5)), y=np.arange(24) % 3)
+    out = tmp_path / "out"
+    result = invoke("demo", "--data", str(tmp_path / "tiny.npz"), "--quick", "--seeds", "1", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    text = plain(result.stdout)
+    assert "found 24 images of 3 classes" in text
+    assert "tiny: test accuracy after each phase, 1 seed" in text
+    assert "1.00 ×" in text and "report.html" in text
+    assert {"report.html", "results.json", "pictures.npz", "reconstructions.png", "checkpoints"} == {
+        path.name for path in out.iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lam", "-1"], "lam must be a number, 0 or larger, got -1.0"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--data", "/no/such/[place]"], "no such file or folder: /no/such/[place]"),
+        (["--out", "{file}/out"], "out: cannot write into {file}/out"),
+        (["--limit", "5"], "limit is 5, but there are 10 classes"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = [argument.format(file=file) for argument in arguments]
+    if "--out" not in arguments:
+        arguments += ["--out", str(tmp_path / "out")]
+    result = invoke("demo", *arguments)
+    assert result.exit_code == 2
+    error = plain(result.stderr).strip()
+    assert error.startswith("error: ") and message.format(file=file) in error
+    assert "\n" not in error and "Traceback" not in result.output
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "racecar.demo.terminal", raising=False)
+    monkeypatch.delitem(sys.modules, "racecar.demo.experiment", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "racecar.demo.training", raising=False)
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert "the demo needs lightning.pytorch" in plain(result.stderr) and "racecar-kernels[demo]" in plain(
+        result.stderr
+    )
+
+
+def test_interrupt(tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("racecar.demo.terminal.run_in_terminal", stop)
+    result = invoke("demo", "--out", str(tmp_path))
+    assert result.exit_code == 130
+    assert "stopped before the end" in plain(result.stderr)
+
+
+def test_python_dash_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["racecar", "demo", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("racecar", run_name="__main__")
+    assert caught.value.code == 0
+    assert "racecar demo" in plain(capsys.readouterr().out)
