@@ -436,3 +436,15 @@ def test_reductions_over_two_processes(tmp_path) -> None:
         wrapped.unwrap()
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w)
+
+
+def test_the_package_is_light_until_it_is_used() -> None:
+    """`racecar --help` must not wait for PyTorch; the names are there all the same."""
+    import subprocess
+    import sys
+
+    code = "import sys, racecar; assert 'torch' not in sys.modules; assert callable(racecar.wrap); racecar.Plan"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'unwrap'"):
+        _ = racecar.unwrap
+    assert {"wrap", "Plan", "__version__"} <= set(dir(racecar))

@@ -279,5 +279,5 @@ def describe_versions(device: torch.device) -> dict[str, str]:
     """What has to be the same for the same figures to come out."""
     versions = {"racecar": racecar.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in VERSIONS_OF}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     return versions | {"device": where, "system": f"{platform.system()} {platform.machine()}"}
