@@ -34,7 +34,6 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 
 demo: $(STAMP) ## the main job on handwritten digits: a table, and a report with pictures
 	$(BIN)/racecar demo --out racecar-demo $(ARGS)
-	@echo "report: racecar-demo"/*.html
 
 test: $(STAMP) ## all tests with line coverage; ARGS="tests/test_measure.py --no-cov" for one file
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
