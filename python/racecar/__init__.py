@@ -3,6 +3,8 @@
     import racecar
     net = racecar.wrap(model, lam=1e-5)
     loss = criterion(net(x), t) + net.reverse_loss
+
+`python -m racecar` and the command `racecar` run a demonstration.
 """
 
 from __future__ import annotations
