@@ -256,18 +256,3 @@ def test_autocast_casts_as_for_a_convolution() -> None:
     grads = torch.autograd.grad(loss, sample.tensors)
     assert all(g.dtype == torch.float32 for g in grads)
     torch.testing.assert_close(loss, ours(sample)[1], rtol=0.05, atol=0)
-
-
-@pytest.mark.gpu
-@each_case
-def test_on_cuda(case: Case) -> None:
-    sample = make(case)
-    a, loss = ours(sample)
-    want = gradients(a, loss, sample.tensors)
-    for module in (sample.op, *sample.latent):
-        module.cuda()
-    sample.y, sample.target = (t.detach().cuda().requires_grad_() for t in (sample.y, sample.target))
-    b, other = ours(sample)
-    torch.testing.assert_close(other.cpu(), loss)
-    for g, w in zip(gradients(b, other, sample.tensors), want, strict=True):
-        torch.testing.assert_close(g.cpu(), w, rtol=1e-7, atol=1e-9)
