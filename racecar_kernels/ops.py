@@ -149,7 +149,7 @@ def _rerun(inputs: Inputs) -> tuple[list[State | None], list[Tensor]]:
     a = inputs.y
     for i in range(len(inputs.segment.layers)):
         call = inputs.call(i, a)
-        call = replace(call, layer=replace(call.layer, compare=False))  # its loss is known
+        call = call._replace(layer=replace(call.layer, compare=False))  # its loss is known
         state, u, _ = inputs.backend(i).forward(call)
         a = state.a
         kept.append(a if u is None else u)

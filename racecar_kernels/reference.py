@@ -19,8 +19,7 @@ from .latent import Entry, Params
 from .layer import Ints, Layer, Step
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """The inputs of one reverse layer. `undo` has still to be applied to y."""
 
     layer: Layer
@@ -32,8 +31,7 @@ class Call:
     params: Params
 
 
-@dataclass
-class Needs:
+class Needs(NamedTuple):
     """Which gradients are asked for."""
 
     y: bool = True

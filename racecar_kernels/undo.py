@@ -37,6 +37,8 @@ def whole_factors(steps: tuple[Step, ...], small: Ints, big: Ints) -> Ints | Non
 
 def apply(a: Tensor, steps: tuple[Step, ...], shape: Ints) -> Tensor:
     """d' = undo(a), where the forward's `steps` turned something of `shape` into what `a` has the shape of."""
+    if not steps:
+        return a
     for h, step, size in _backwards(a, steps, shape):
         a = _apply_one(h, step, size)
     return a
