@@ -51,6 +51,7 @@ def reverse_layers(
         a of the last layer (its `pre` not undone), and Σ (target - undo(a))² of every layer, float32 or wider.
     """
     y, weights, biases = autocast(y, weights, biases)
+    keep = keep and torch.is_grad_enabled()
     a, losses, _ = torch.ops.racecar.reverse_layers(
         y, list(targets), list(weights), list(biases), list(params), str(segment), keep
     )
@@ -161,12 +162,20 @@ def deferred_layer(
     Put it directly behind the layer, and go on with the tensor that it returns (y's values and memory): the engine
     then runs it just before that layer's own backward, and adds both gradients in one place.
 
+    Where nothing needs a gradient, the loss is computed at once.
+
     Returns:
         y for the rest of the network, and a scalar 0 that stands for Σ (target - undo(a))²: whatever gradient reaches
         it is the weight of this layer's gradients. `report.loss` holds the sum after the backward pass.
     """
     if len(segment.layers) != 1:
         raise ValueError(f"a deferred segment holds one layer, got {len(segment.layers)}")
+    if not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (y, target, weight, bias, *params)
+    ):
+        _, losses = reverse_layers(segment, y, [target], [weight], [bias], params, keep=False)
+        report.loss = losses[0].detach()  # no backward will reach it
+        return y, torch.zeros_like(report.loss)
     source, (weight,), (bias,) = autocast(y, [weight], [bias])
     check(segment, source, [target], [weight], [bias], params)
     return ops.Deferred.apply(

@@ -5,17 +5,16 @@ Everything is written with ATen's own backward kernels, so that no autograd grap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .activations import TABLE, prelu_backward
+from .contract import Params
 from .layer import Activation, Latent, Norm
 
 aten = torch.ops.aten
-Params = Sequence["Tensor | None"]
 
 
 class Entry(NamedTuple):
@@ -26,14 +25,6 @@ class Entry(NamedTuple):
     rstd: Tensor | None = None
 
 
-def keeps_output(latent: tuple[Latent, ...]) -> bool:
-    """Whether a = φ(u) alone is enough for the backward, so that u need not be kept."""
-    if not latent:
-        return True
-    step = latent[0]
-    return len(latent) == 1 and isinstance(step, Activation) and TABLE[step.name].from_output(*step.args)
-
-
 def forward(u: Tensor, latent: tuple[Latent, ...], params: Params) -> tuple[Tensor, list[Entry]]:
     """a = φ(u), and one entry per step for `backward`."""
     entries = []
@@ -42,7 +33,8 @@ def forward(u: Tensor, latent: tuple[Latent, ...], params: Params) -> tuple[Tens
         x = h
         if isinstance(step, Activation):
             row = TABLE[step.name]
-            h = row.forward(x, *own, *step.args)
+            slope = [_given(own[0]).to(x.dtype)] if own else []
+            h = row.forward(x, *slope, *step.args)
             entries.append(Entry(h if row.from_output(*step.args) else x))
         else:
             h, mean, rstd = _norm_forward(x, step, own)
@@ -65,8 +57,8 @@ def backward(
             g, *mine = _norm_backward(g, step, own, entry)
             grads = [*mine, None, None, *grads]
         elif step.name == "prelu":
-            g, slope = prelu_backward(g, entry.x, _given(own[0]))
-            grads = [slope, *grads]
+            g, grad = prelu_backward(g, entry.x, _given(own[0]).to(g.dtype))
+            grads = [grad, *grads]
         else:
             g = TABLE[step.name].backward(g, entry.x, *step.args)
     return g, grads
@@ -87,6 +79,10 @@ def _given(t: Tensor | None) -> Tensor:
     return t
 
 
+def _cast(t: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if t is None else t.to(like.dtype)
+
+
 def _dense(u: Tensor) -> Tensor:
     """Group norm's kernels take dense input only: contiguous or channels_last."""
     if u.dim() == 4 and u.is_contiguous(memory_format=torch.channels_last):
@@ -98,6 +94,7 @@ def _norm_forward(u: Tensor, step: Norm, params: Params) -> tuple[Tensor, Tensor
     weight, bias, mean, var = params
     if step.kind == "batch":
         return aten.native_batch_norm(u, weight, bias, mean, var, not step.running, 0.0, step.eps)
+    weight, bias = _cast(weight, u), _cast(bias, u)  # under autocast the parameters are wider
     if step.kind == "layer":
         return aten.native_layer_norm(u, step.shape, weight, bias, step.eps)
     n, c = u.shape[:2]
@@ -113,6 +110,7 @@ def _norm_backward(g: Tensor, step: Norm, params: Params, entry: Entry) -> tuple
         return aten.native_batch_norm_backward(
             g, u, weight, mean, var, entry.mean, entry.rstd, not step.running, step.eps, mask
         )
+    weight, bias = _cast(weight, u), _cast(bias, u)
     if step.kind == "layer":
         return aten.native_layer_norm_backward(g, u, step.shape, entry.mean, entry.rstd, weight, bias, mask)
     n, c = u.shape[:2]

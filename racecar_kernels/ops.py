@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import latent as latents
 from .backends import Backend, Query, choose
 from .checks import check
+from .contract import Call, Grads, Needs, State, keeps_output
 from .layer import Segment, parse
-from .reference import Call, Grads, Needs, State
 
 _LIB = torch.library.Library("racecar", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -96,16 +95,18 @@ def _forward(
     inputs = Inputs(y, targets, weights, biases, params, segment)
     check(inputs.segment, y, targets, weights, biases, params)
     losses, kept, a = [], [], y
-    for i in range(len(targets)):
-        state, u, loss = inputs.backend(i).forward(inputs.call(i, a))
-        losses.append(loss)
-        a = state.a
-        if keep:
-            last = i + 1 == len(targets)
-            kept.append(u if u is not None else a.new_empty(0) if last else a)
-        del state, u
-    a = a.contiguous(memory_format=layout(y, weights[-1]))
-    return a, torch.stack(losses).to(loss_dtype(y, *targets)), kept
+    with torch._C._DisableAutocast():  # `functional.autocast` has cast; inside, every dtype is what the schema says
+        for i, weight in enumerate(weights):
+            dense = layout(a, weight)
+            state, u, loss = inputs.backend(i).forward(inputs.call(i, a))
+            losses.append(loss)
+            a = state.a.contiguous(memory_format=dense)
+            if keep and u is not None:
+                kept.append(u.contiguous(memory_format=dense))
+            elif keep:
+                kept.append(a if i + 1 < len(weights) else a.new_empty(0))
+            del state, u
+        return a, torch.stack(losses).to(loss_dtype(y, *targets)), kept
 
 
 def _backward(
@@ -125,21 +126,22 @@ def _backward(
     n = len(inputs.segment.layers)
     states: list[State | None] = [None] * n
     if not kept:
-        states, kept = _rerun(inputs)
+        with torch._C._DisableAutocast():
+            states, kept = _rerun(inputs)
     twice = None if grad_losses is None else (grad_losses * 2).unbind()
     grads: list[Grads] = []
-    for i in reversed(range(n)):
-        if states[i] is None:
-            states[i] = inputs.resume(i, kept[i])
-        if i and states[i - 1] is None:
-            states[i - 1] = inputs.resume(i - 1, kept[i - 1])
-        source = states[i - 1].a if i else y  # type: ignore[union-attr]
-        c = None if twice is None else twice[i]
-        result = inputs.backend(i).backward(inputs.call(i, source), states[i], grad_a, c, wanted.of(i))
-        states[i] = None
-        grad_a, result.y = result.y, (None if i else result.y)
-        grads.append(result)
-    return wanted.collect(grads[::-1])
+    with torch._C._DisableAutocast():
+        for i in reversed(range(n)):
+            state = states[i] or inputs.resume(i, kept[i])
+            if i:  # its source is a of the layer above
+                states[i - 1] = above = states[i - 1] or inputs.resume(i - 1, kept[i - 1])
+            source = above.a if i else y
+            c = None if twice is None else twice[i]
+            result = inputs.backend(i).backward(inputs.call(i, source), state, grad_a, c, wanted.of(i))
+            states[i] = None
+            grad_a, result.y = result.y, (None if i else result.y)
+            grads.append(result)
+        return wanted.collect(grads[::-1])
 
 
 def _rerun(inputs: Inputs) -> tuple[list[State | None], list[Tensor]]:
@@ -208,10 +210,8 @@ def _fake_forward(
         source = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout(source, weight))
         results.append(source)
     kept = results if keep else []
-    if keep and latents.keeps_output(layers[-1].latent):
-        kept = [*results[:-1], y.new_empty(0)]
-    elif keep:
-        kept = [*results[:-1], torch.empty_like(results[-1])]
+    if keep:
+        kept = [*results[:-1], y.new_empty(0) if keeps_output(layers[-1]) else torch.empty_like(results[-1])]
     return results[-1], y.new_empty(len(layers), dtype=loss_dtype(y, *targets)), kept
 
 
@@ -256,10 +256,11 @@ class _ReverseLayers(torch.autograd.Function):
 
 
 class Report:
-    """Where a deferred layer leaves its loss once the backward pass has computed it."""
+    """Where a deferred layer leaves its loss once it is computed; `ran`: by a backward pass."""
 
     def __init__(self) -> None:
         self.loss: Tensor | None = None
+        self.ran = False
 
 
 class Deferred(torch.autograd.Function):
@@ -282,8 +283,9 @@ class Deferred(torch.autograd.Function):
         needs_passed, *needs = ctx.needs_input_grad[2:]
         own: list[Tensor | None] = [None] * len(flat)
         if grad_loss is not None:
-            a, losses, kept = torch.ops.racecar.reverse_layers(*_unflatten(ctx.segment, flat), ctx.segment, True)
-            ctx.report.loss = losses[0]
+            with torch._C._AutoDispatchBelowAutograd():
+                a, losses, kept = torch.ops.racecar.reverse_layers(*_unflatten(ctx.segment, flat), ctx.segment, True)
+            ctx.report.loss, ctx.report.ran = losses[0], True
             kept = [a if k.numel() == 0 else k for k in kept]
             del a
             own = backward(ctx.segment, flat, kept, needs, None, grad_loss.reshape(1))

@@ -8,54 +8,12 @@ tensors and the residual are recomputed where a gradient needs them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import latent, transposed, undo
-from .latent import Entry, Params
-from .layer import Ints, Layer, Step
-
-
-class Call(NamedTuple):
-    """The inputs of one reverse layer. `undo` has still to be applied to y."""
-
-    layer: Layer
-    undo: tuple[Step, ...]
-    y: Tensor
-    target: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    params: Params
-
-
-class Needs(NamedTuple):
-    """Which gradients are asked for."""
-
-    y: bool = True
-    target: bool = True
-    weight: bool = True
-    bias: bool = True
-
-
-@dataclass
-class Grads:
-    """Gradients of one reverse layer; None where not needed."""
-
-    y: Tensor | None = None
-    target: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    params: list[Tensor | None] = field(default_factory=list)
-
-
-class State(NamedTuple):
-    """a of a layer, and what its latent's backward reads."""
-
-    a: Tensor
-    entries: list[Entry]
+from .contract import Call, Grads, Needs, Params, State, keeps_output
+from .layer import Ints, Layer
 
 
 def forward(call: Call) -> tuple[State, Tensor | None, Tensor]:
@@ -67,14 +25,14 @@ def forward(call: Call) -> tuple[State, Tensor | None, Tensor]:
     u = transposed.forward(s, call.weight, layer.tied, shape, factor)
     del s, y
     a, entries = latent.forward(u, layer.latent, call.params)
-    kept = None if latent.keeps_output(layer.latent) else u
+    kept = None if keeps_output(layer) else u
     loss = undo.sum_of_squares(call.target, a, layer.pre) if layer.compare else a.new_zeros((), dtype=torch.float32)
     return State(a, entries), kept, loss
 
 
 def resume(layer: Layer, kept: Tensor, params: Params) -> State:
     """The state again, from the one tensor that was kept."""
-    if latent.keeps_output(layer.latent):
+    if keeps_output(layer):
         return State(kept, latent.from_output(kept, layer.latent))
     return State(*latent.forward(kept, layer.latent, params))
 
@@ -90,7 +48,7 @@ def backward(call: Call, state: State, grad_a: Tensor | None, c: Tensor | None, 
         del from_loss
     if grad_a is None:
         return grads
-    g, grads.params = latent.backward(grad_a, layer.latent, call.params, state.entries)
+    g, grads.params = latent.backward(grad_a, layer.latent, call.params, state.latent)
     del grad_a
     y, factor = _source(call)
     s = y if call.bias is None or not needs.weight else y - _per_channel(call.bias, y, layer)

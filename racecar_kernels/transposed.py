@@ -107,24 +107,28 @@ def polyphase_pays(weight: Tensor, tied: Tied) -> bool:
 
 def fold(weight: Tensor, factor: Ints) -> Tensor:
     """W_f: the sum of W's shifts by 0 .. f-1 in every spatial dimension, k + f - 1 taps."""
+    dtype = weight.dtype
+    weight = weight.to(torch.float32) if dtype.itemsize < 4 else weight
     for i, f in enumerate(factor):
         k = weight.shape[2 + i]
         out = weight.new_zeros(*weight.shape[: 2 + i], k + f - 1, *weight.shape[3 + i :])
         for shift in range(f):
             out.narrow(2 + i, shift, k).add_(weight)
         weight = out
-    return weight
+    return weight.to(dtype)
 
 
 def fold_adjoint(grad: Tensor, factor: Ints) -> Tensor:
     """∂/∂W from ∂/∂W_f."""
+    dtype = grad.dtype
+    grad = grad.to(torch.float32) if dtype.itemsize < 4 else grad
     for i, f in enumerate(factor):
         k = grad.shape[2 + i] - f + 1
         total = grad.narrow(2 + i, 0, k).clone()
         for shift in range(1, f):
             total.add_(grad.narrow(2 + i, shift, k))
         grad = total
-    return grad
+    return grad.to(dtype)
 
 
 def plain(s: Tensor, weight: Tensor, tied: Tied, shape: Ints) -> Tensor:
@@ -182,9 +186,10 @@ def _pad_adjoint(u: Tensor, tied: Tied) -> Tensor:
 def polyphase(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints) -> Tensor:
     dims = tied.dims
     taps = [-(-(k + f - 1) // f) for k, f in zip(weight.shape[2:], factor, strict=True)]
-    phases = _phase_weights(fold(weight, factor), factor, taps)
+    last = dims == 2 and not (s.is_contiguous() and weight.is_contiguous())
+    layout = torch.channels_last if last else torch.contiguous_format
+    phases = _phase_weights(fold(weight, factor), factor, taps).contiguous(memory_format=layout)
     dense = _CONV[dims](s, phases, None, 1, [n - 1 for n in taps])
-    layout = torch.contiguous_format if dense.is_contiguous() else torch.channels_last
     u = torch.empty(shape, dtype=s.dtype, device=s.device, memory_format=layout)
     channels = weight.shape[1]
     for phase, r in enumerate(product(*map(range, factor))):
@@ -210,5 +215,4 @@ def _phase_weights(folded: Tensor, factor: Ints, taps: list[int]) -> Tensor:
     if dims == 2:
         folded = folded.view(*folded.shape[:2], taps[0], factor[0], taps[1], factor[1])
     steps, rest = [2 + 2 * i for i in range(dims)], [3 + 2 * i for i in range(dims)]
-    phases = folded.flip(steps).permute(*rest, 1, 0, *steps).reshape(-1, folded.shape[0], *taps)
-    return phases.contiguous(memory_format=torch.channels_last) if dims == 2 else phases
+    return folded.flip(steps).permute(*rest, 1, 0, *steps).reshape(-1, folded.shape[0], *taps)

@@ -111,7 +111,11 @@ def _empty(like: Tensor, shape: Ints) -> Tensor:
 
 def _repeat_adjoint(g: Tensor, stride: Ints, small: Tensor) -> Tensor:
     """Sums g over the block of every value of `small`."""
-    if g.dim() == 4 and all(n * f == m for n, f, m in zip(small.shape[2:], stride, g.shape[2:], strict=True)):
+    if (
+        g.dim() == 4
+        and len(stride) == 2
+        and all(n * f == m for n, f, m in zip(small.shape[2:], stride, g.shape[2:], strict=True))
+    ):
         return F.avg_pool2d(g, stride, divisor_override=1)  # one vectorised pass, in g's own layout
     out = torch.zeros_like(small, dtype=g.dtype)
     dims = len(stride)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import reference
+from ..contract import Call, Grads, Needs, Params, State
 from ..layer import Layer
 
 
@@ -23,7 +24,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of a reverse layer; see `reference.py` for what the three functions do.
+    """One implementation of a reverse layer; see `contract.py` for what the three functions do.
 
     `why_not(query)` is None if the backend serves this layer, else a sentence that says why it does not.
     """
@@ -31,9 +32,9 @@ class Backend:
     name: str
     summary: str
     why_not: Callable[[Query], str | None]
-    forward: Callable[..., Any]
-    resume: Callable[..., Any]
-    backward: Callable[..., Any]
+    forward: Callable[[Call], tuple[State, Tensor | None, Tensor]]
+    resume: Callable[[Layer, Tensor, Params], State]
+    backward: Callable[[Call, State, Tensor | None, Tensor | None, Needs], Grads]
 
 
 def _reference_why_not(query: Query) -> str | None:
