@@ -7,14 +7,16 @@ why_not           why a backend cannot serve a layer
 show_config       versions, backends and what speaks against them
 """
 
-from .backends import Query, backends, why_not
+from .backends import Query, backends, choose, why_not
 from .config import show_config
-from .functional import deferred_layer, reverse_layer, reverse_layers
-from .layer import Activation, Layer, Norm, Pool, Segment, Tied, Upsample
+from .functional import deferred_layer, loss_factor, reverse_layer, reverse_layers
+from .layer import Activation, Latent, Layer, Norm, Pool, Segment, Tied, Upsample
 from .ops import Report
+from .undo import apply as undo_steps
 
 __all__ = [
     "Activation",
+    "Latent",
     "Layer",
     "Norm",
     "Pool",
@@ -24,10 +26,13 @@ __all__ = [
     "Tied",
     "Upsample",
     "backends",
+    "choose",
     "deferred_layer",
+    "loss_factor",
     "reverse_layer",
     "reverse_layers",
     "show_config",
+    "undo_steps",
     "why_not",
 ]
 

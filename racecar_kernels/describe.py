@@ -90,6 +90,8 @@ def _upsample(m: Any) -> Upsample:
 def steps_of(modules: Iterable[nn.Module], dims: int) -> tuple[Step, ...]:
     """The steps of `pre`; an up-sampling by one factor has that factor in every of `dims` spatial dimensions."""
     steps = [step for step in map(step_of, modules) if step is not None]
+    if steps and dims == 0:
+        raise UnsupportedError("pooling or up-sampling in front of a Linear; the sizes that it acts on are not spatial")
     return tuple(
         Upsample(s.factor * dims) if isinstance(s, Upsample) and len(s.factor) == 1 and dims > 1 else s for s in steps
     )
@@ -120,7 +122,7 @@ def latent_of(module: nn.Module, norm: str = "batch") -> Latent | None:
         return Activation(name, TABLE[name].args(m))
     if isinstance(module, nn.RReLU):
         raise ValueError("RReLU draws random slopes, which the reverse cannot repeat; use LeakyReLU or PReLU")
-    raise UnsupportedError(f"{type(module).__name__} is no norm or elementwise activation that is served")
+    raise UnsupportedError(f"{type(module).__name__} is no norm or elementwise activation, and cannot be run backwards")
 
 
 def latent_tensors(module: nn.Module, latent: Latent | None) -> list[Tensor | None]:

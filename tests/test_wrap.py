@@ -84,7 +84,7 @@ def test_under_no_grad_the_value_is_there(variant: str, memory: str) -> None:
     with torch.no_grad():
         net(x)
     assert not net.reverse_loss.requires_grad
-    assert (net.reverse_loss.item() == 0) == (memory == "deferred")
+    assert net.reverse_loss.item() > 0 and len(net.reverse_losses) == 3
 
 
 def test_recompute_cuts_long_chains_and_changes_nothing() -> None:
@@ -164,7 +164,7 @@ def test_a_block_that_is_no_chain_ends_it() -> None:
 def test_the_plan_prints_what_happens() -> None:
     net, _ = network()
     text = str(racecar.wrap(net, 1.0, layers=2).plan)
-    assert text.splitlines()[0].split() == ["layer", "tied", "to", "variant", "kernel", "why", "not"]
+    assert text.splitlines()[0].split() == ["layer", "tied", "to", "variant", "kernel", "why", "not,", "or", "note"]
     for piece in ("Conv2d 5->4, BatchNorm2d, ReLU, undo MaxPool2d", "layers=2", "reference", "Flatten", "behind '7'"):
         assert piece in text
 
@@ -261,8 +261,9 @@ def test_a_bad_lambda_leaves_the_old_one() -> None:
 
 def test_reverse_loss_before_any_forward() -> None:
     net = racecar.wrap(mlp(3, 2), 1.0)
-    with pytest.raises(RuntimeError, match="call the model first"):
+    with pytest.raises(AttributeError, match="call the model first"):
         _ = net.reverse_loss
+    assert not hasattr(net, "reverse_loss")
     assert net.reverse_losses == {}
 
 
@@ -331,8 +332,10 @@ def test_a_slice_is_a_plain_sequential() -> None:
     part = net[:2]
     assert isinstance(part, nn.Sequential)
     torch.testing.assert_close(part(x), net[1](net[0](x)))
-    with pytest.raises(RuntimeError, match="part of a wrapped model"):
+    with pytest.raises(AttributeError, match="part of a wrapped model"):
         _ = part.plan
+    net.unwrap()
+    assert racecar.wrap(part, 0.5).plan.names == ["0.0"]
 
 
 def test_a_model_changed_behind_the_plan_is_noticed() -> None:

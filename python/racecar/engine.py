@@ -7,18 +7,18 @@ call the operators of `racecar_kernels`; the forward stays the model's own. All 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import racecar_kernels as rk
-from racecar_kernels import describe, undo
-from racecar_kernels.functional import loss_factor
-from racecar_kernels.layer import Latent
+from racecar_kernels import Latent, describe, loss_factor
 
 from .plan import Plan
 from .segments import split
@@ -43,6 +43,7 @@ class _Run:
 
     reconstruct: bool = False
     targets: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     y: Tensor | None = None
     sums: list[Tensor] = field(default_factory=list)
     reports: list[rk.Report] = field(default_factory=list)
@@ -55,78 +56,115 @@ class Result:
 
     total: Tensor
     sums: Tensor | None = None
-    factors: Tensor | None = None
+    factors: list[float] = field(default_factory=list)
     weights: Tensor | None = None
     reports: list[rk.Report] = field(default_factory=list)
 
-    def known_sums(self) -> Tensor | None:
-        """Σ(·)² of every compared layer; None while a deferred backward has not run."""
+    def weights_of_layers(self) -> list[Tensor]:
+        """λ_m times the factor of the reduction, one scalar per compared layer."""
+        return [] if self.weights is None else list(self.weights.unbind())
+
+    def known_sums(self) -> list[Tensor | None]:
+        """Σ(·)² of every compared layer; None until, and where, a deferred backward has run."""
         if not self.reports:
-            return self.sums
-        losses = [report.loss for report in self.reports]
-        return None if any(v is None for v in losses) else torch.stack([v for v in losses if v is not None])
+            return [] if self.sums is None else list(self.sums.unbind())
+        ran = any(report.ran for report in self.reports) or not self.total.requires_grad
+        return [report.loss if ran else None for report in self.reports]
 
 
 class Boundary:
-    """A hook of ours. Its module may be used several times: `at_call` says at which call which layer begins or ends."""
+    """A hook of ours. Its module may be used several times: `at_call` says at which call which layer begins or ends.
 
-    def __init__(self, engine: Engine, index: int):
-        self.engine, self.index = engine, index
+    It does not own the engine: the model does, and would otherwise be kept alive by its own modules' hooks.
+    """
+
+    def __init__(self, engine: Engine | None = None, index: int = 0):
+        self._engine = None if engine is None else weakref.ref(engine)
+        self.index = index
         self.at_call: dict[int, int] = {}
 
-    def layer(self) -> int | None:
-        run = self.engine.run
-        if run is None:
-            return None
-        run.calls[self.index] = call = run.calls.get(self.index, 0) + 1
-        return self.at_call.get(call)
+    def __reduce__(self) -> Any:
+        return type(self), ()  # a copy does nothing until the copied engine puts its own hooks on
+
+    def engine_and_layer(self) -> tuple[Engine | None, int | None]:
+        engine = None if self._engine is None else self._engine()
+        if engine is None or engine.run is None:
+            return None, None
+        engine.run.calls[self.index] = call = engine.run.calls.get(self.index, 0) + 1
+        return engine, self.at_call.get(call)
 
 
 class Enter(Boundary):
-    """Before the first module of a layer: its input is d."""
+    """Before the module whose input is d."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        m = self.layer()
-        return None if m is None else (self.engine.enter(m, args[0], module), *args[1:])
+        engine, m = self.engine_and_layer()
+        return None if engine is None or m is None else (engine.enter(m, args[0]), *args[1:])
 
 
 class Leave(Boundary):
-    """Behind the last module of the last layer: its output is d_{n+1}."""
+    """Behind the module whose output is y."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return None if self.layer() is None else self.engine.leave(output)
+        engine, m = self.engine_and_layer()
+        return None if engine is None or m is None else engine.leave(m, output)
 
 
 class Engine:
-    """The reverse pass of one wrapped model."""
+    """The reverse pass of one wrapped model.
 
-    def __init__(self, plan: Plan, settings: Settings):
+    The settings of its norms and activations (slopes, eps) are read once; which of them are in training mode is read
+    at every forward.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, settings: Settings):
+        self.base = type(model)
         self.plan, self.settings = plan, settings
         self.lam: list[float] = []
+        self.positive = False
+        self.lam_tensor = torch.zeros(settings.layers, dtype=torch.float64)
         self.run: _Run | None = None
         self.result: Result | None = None
-        self._cached: tuple[Any, Tensor, Tensor] | None = None
         self._described: dict[tuple[bool, ...], tuple[list[rk.Layer], list[list[Latent | None]]]] = {}
-        after = plan.layers[-1].last + 1
-        self._clone_output = after < len(plan.order) and _in_place(plan.order[after])
+        self._clone_d = [any(map(_in_place, layer.pre)) for layer in plan.layers]
+        inside = {id(module) for module in plan.order}
+        self._clone_y = any(_in_place(module) and id(module) not in inside for module in model.modules()) or any(
+            map(_in_place, plan.order[plan.layers[-1].y + 1 :])
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "run": None, "result": None}  # a copy starts without the original's graph
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for module in self.plan.order:
+            self.detach(module)
+        self.attach()
+
+    def set_lam(self, lam: list[float]) -> None:
+        """In place, and read as a tensor by the forward, so that torch.compile and CUDA graphs see every change."""
+        self.lam, self.positive = lam, any(lam)
+        with torch.inference_mode(False), torch.no_grad():
+            self.lam_tensor.copy_(torch.tensor(lam, dtype=torch.float64))
 
     # ------------------------------------------------------------------ hooks
 
     def attach(self) -> None:
         """Puts the hooks on the model."""
         hooks: dict[tuple[int, type[Boundary]], Boundary] = {}
-        places = [(layer.first, Enter, m) for m, layer in enumerate(self.plan.layers)]
-        places.append((self.plan.layers[-1].last, Leave, len(self.plan.layers) - 1))  # type: ignore[arg-type]
+        places: list[tuple[int, type[Boundary], int]] = [
+            (layer.d, Enter, m) for m, layer in enumerate(self.plan.layers)
+        ]
+        for m, layer in enumerate(self.plan.layers):
+            if m + 1 == len(self.plan.layers) or (self.settings.variant == "local" and m < self.settings.layers):
+                places.append((layer.y, Leave, m))
         for place, kind, m in places:
             module = self.plan.order[place]
             hook = hooks.get((id(module), kind))
             if hook is None:
                 hook = hooks[id(module), kind] = kind(self, len(hooks))
                 if kind is Enter:
-                    module.register_forward_pre_hook(hook)
+                    module.register_forward_pre_hook(hook)  # type: ignore[arg-type]
                 else:
                     module.register_forward_hook(hook)  # type: ignore[arg-type]
             hook.at_call[sum(other is module for other in self.plan.order[: place + 1])] = m
@@ -139,46 +177,58 @@ class Engine:
                 for key in [k for k, hook in hooks.items() if isinstance(hook, Boundary)]:
                     del hooks[key]
 
-    def enter(self, m: int, d: Tensor, module: nn.Module) -> Tensor:
-        """Layer m receives d; the layer below has given it."""
+    def enter(self, m: int, d: Tensor) -> Tensor:
+        """Layer m receives d."""
         run = self._running()
-        if m and self._local(run):
-            d = self._reverse_one(m - 1, d, run)
-        run.targets.append(d)
-        return d.clone() if _in_place(module) else d
+        if m == len(run.targets):
+            run.targets.append(d)
+            run.versions.append(_version(d))
+        return d.clone() if self._clone_d[m] else d
 
-    def leave(self, y: Tensor) -> Tensor:
-        """The last layer has given y."""
+    def leave(self, m: int, y: Tensor) -> Tensor:
+        """Layer m has given y."""
         run = self._running()
-        if len(run.targets) != len(self.plan.layers):
+        last = m + 1 == len(self.plan.layers)
+        if len(run.targets) != m + 1:
             return y  # `recording` says what is missing
-        if self._local(run):
-            y = self._reverse_one(len(self.plan.layers) - 1, y, run)
-        elif not run.reconstruct:
-            run.sums = self._reverse_all(y, run)
-        run.y = y
-        return y.clone() if self._clone_output else y
+        if self.settings.variant == "local" and not run.reconstruct and m < self.settings.layers:
+            self._check_unchanged(run, m)
+            y = self._reverse_one(m, y, run)
+        if last:
+            if self.settings.variant == "full" and not run.reconstruct:
+                for k in range(m + 1):
+                    self._check_unchanged(run, k)
+                run.sums = self._reverse_all(y, run)
+            run.y = y
+        return y.clone() if last and self._clone_y else y
 
     def _running(self) -> _Run:
         if self.run is None:
             raise RuntimeError("a hook of racecar ran outside the wrapped model's forward")
         return self.run
 
-    def _local(self, run: _Run) -> bool:
-        return self.settings.variant == "local" and not run.reconstruct
+    def _check_unchanged(self, run: _Run, m: int) -> None:
+        if _version(run.targets[m]) != run.versions[m]:
+            raise RuntimeError(
+                f"what layer {self.plan.names[m]!r} received was modified by an inplace operation before its reverse "
+                "could be compared with it; use the operation that is not in place"
+            )
 
     # ------------------------------------------------------------------ one forward
 
     def active(self, model: nn.Module) -> bool:
         """Nothing is computed in eval mode or while every λ is 0."""
-        return model.training and any(self.lam)
+        return model.training and self.positive
 
     @contextmanager
     def recording(self, *, reconstruct: bool = False) -> Iterator[_Run]:
         """Lets the hooks work while the model's own forward runs."""
         self.run = run = _Run(reconstruct)
+        # a parametrised weight is computed once for forward and reverse
+        parametrised = any("parametrizations" in layer.op._modules for layer in self.plan.layers)
         try:
-            yield run
+            with parametrize.cached() if parametrised else nullcontext():
+                yield run
         finally:
             self.run = None
         if len(run.targets) != len(self.plan.layers) or run.y is None:
@@ -196,21 +246,19 @@ class Engine:
         """Σ λ_m · loss_m of the forward that has just run."""
         count = self.settings.layers
         sums = run.sums[0][:count] if self.settings.variant == "full" else torch.stack(run.sums[:count])
-        factors, weights = self._weights(tuple([t.numel() for t in run.targets[:count]]), sums)
+        factors = [loss_factor(self.settings.reduction, t.numel()) for t in run.targets[:count]]
+        weights = self._weights(factors, sums)
         self.result = Result((sums * weights).sum(), sums.detach(), factors, weights, run.reports)
 
-    def _weights(self, elements: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-        """What turns Σ(·)² of every compared layer into its loss, and that times λ."""
-        factors = [loss_factor(self.settings.reduction, n) for n in elements]
-        world = self._processes()
-        key = (tuple(self.lam), tuple(factors), world, like.dtype, like.device)
-        if self._cached is not None and self._cached[0] == key and not torch.compiler.is_compiling():
-            return self._cached[1:]
-        scale = torch.tensor(factors, dtype=like.dtype, device=like.device)
-        weights = torch.tensor(self.lam, dtype=like.dtype, device=like.device) * scale * world
-        if not torch.compiler.is_compiling():
-            self._cached = (key, scale, weights)
-        return scale, weights
+    def _weights(self, factors: list[float], like: Tensor) -> Tensor:
+        """λ_m times what turns Σ(·)² into the loss of layer m."""
+        if self.lam_tensor.device != like.device:
+            with torch.inference_mode(False):
+                self.lam_tensor = self.lam_tensor.to(like.dtype).to(like.device)  # not every device knows float64
+        lam = self.lam_tensor.to(like.dtype)
+        if self.settings.reduction != "mean":
+            return lam * (factors[0] * self._processes())
+        return lam * torch.tensor(factors, dtype=like.dtype, device=like.device)
 
     def _processes(self) -> int:
         """`l2` and `sum` refer to the whole batch, while data-parallel training averages over the processes."""
@@ -223,8 +271,6 @@ class Engine:
 
     def _reverse_one(self, m: int, y: Tensor, run: _Run) -> Tensor:
         """Local: the reverse of layer m from what it gave. Returns what the rest of the network goes on with."""
-        if m >= self.settings.layers:
-            return y
         specs, _ = self._specs()
         segment = rk.Segment((specs[m],), (), self.settings.backend)
         op, target, params = self.plan.layers[m].op, run.targets[m], self._params(m)
@@ -255,12 +301,15 @@ class Engine:
             sums.append(part)
         return [(torch.cat(sums) if len(sums) > 1 else sums[0]).flip(0)]
 
-    def _reverse_segment(self, low: int, high: int, y: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
+    def _reverse_segment(
+        self, low: int, high: int, y: Tensor, run: _Run, *, compare: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """The reverse of layers low .. high-1, from the highest; y is what came back of the layer above, not undone."""
         specs, _ = self._specs()
         chosen = range(high - 1, low - 1, -1)
         undo_first = specs[high].pre if high < len(specs) else ()
-        segment = rk.Segment(tuple(specs[m] for m in chosen), undo_first, self.settings.backend)
+        layers = tuple(specs[m] if compare else replace(specs[m], compare=False) for m in chosen)
+        segment = rk.Segment(layers, undo_first, self.settings.backend)
         ops = [self.plan.layers[m].op for m in chosen]
         params = [t for m in chosen for t in self._params(m)]
         return rk.reverse_layers(
@@ -277,8 +326,8 @@ class Engine:
         """d'_1 of a recorded forward."""
         if run.y is None:
             raise RuntimeError("no forward was recorded")
-        a, _ = self._reverse_segment(0, len(self.plan.layers), run.y, run)
-        return undo.apply(a, self._specs()[0][0].pre, tuple(run.targets[0].shape))
+        a, _ = self._reverse_segment(0, len(self.plan.layers), run.y, run, compare=False)
+        return rk.undo_steps(a, self._specs()[0][0].pre, tuple(run.targets[0].shape))
 
     # ------------------------------------------------------------------ description
 
@@ -287,11 +336,9 @@ class Engine:
         return self._specs()[0]
 
     def _latents(self, m: int) -> tuple[nn.Module, ...]:
-        """Modules that the reverse of layer m ends with: the latent of the layer below."""
-        if m:
-            return self.plan.layers[m - 1].latent
+        """Modules that are applied to what comes back to layer m."""
         activation = self.settings.input_activation
-        return () if activation is None else (activation,)
+        return self.plan.layers[m].latent if m or activation is None else (activation,)
 
     def _specs(self) -> tuple[list[rk.Layer], list[list[Latent | None]]]:
         """Every layer as a value, and its latent step by step; both depend on which norms are in training mode."""
@@ -319,3 +366,8 @@ class Engine:
 
 def _in_place(module: nn.Module) -> bool:
     return bool(getattr(module, "inplace", False))
+
+
+def _version(d: Tensor) -> int:
+    """How often d was modified in place; inference mode does not count that, and torch.compile does not trace it."""
+    return 0 if torch.compiler.is_compiling() or d.is_inference() else d._version

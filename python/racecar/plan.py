@@ -21,22 +21,25 @@ _SILENT = (nn.Identity, *describe.DROPOUTS)
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One layer of the model, in the forward's order. At run time it receives d and gives y.
+    """The record of one reverse layer: where its d and y are seen, and what leads back from y to d.
+
+    Nothing in it refers to a neighbour, so that a planner for other graphs than chains can fill it too.
 
     Attributes:
         name: path of the tied operation in the model (`0`, `features.3`); a second use of a module ends in `#2`.
+        d: place in `Plan.order` of the module whose input is d, what the layer receives.
         pre: pooling, up-sampling and dropout between d and the operation.
         op: Linear, Conv1d, Conv2d or Conv3d.
-        latent: norms and activations behind it, up to y. The layer above applies them to what it sends back.
-        first, last: places in `Plan.order` of the module that receives d and of the one that gives y.
+        latent: norms and activations that made d, in their forward order: the reverse applies them to what comes back.
+        y: place in `Plan.order` of the module whose output is y, the last of the layer's own norms and activations.
     """
 
     name: str
+    d: int
     pre: tuple[nn.Module, ...]
     op: Any  # a module of describe.TIED: has weight and bias
     latent: tuple[nn.Module, ...]
-    first: int
-    last: int
+    y: int
 
 
 @dataclass
@@ -66,11 +69,10 @@ class Plan:
         return [layer.name for layer in self.layers]
 
     def __str__(self) -> str:
-        rows = [("layer", "tied to", "variant", "kernel", "why not")]
+        rows = [("layer", "tied to", "variant", "kernel", "why not, or note")]
         for m, layer in enumerate(self.layers):
-            below = self.layers[m - 1].latent if m else ()
             note = "" if m < self.compared else f"passed through, not compared (layers={self.compared})"
-            rows.append((layer.name, _way_back(layer, below), self.variant, self.kernel, note))
+            rows.append((layer.name, _way_back(layer), self.variant, self.kernel, note))
         rows += [(name, "-", "-", "-", reason) for name, reason in self.left_out]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -84,9 +86,11 @@ def plan_chain(model: nn.Module) -> Plan:
         ValueError: the model is no chain, has nothing to tie, draws random activations, or is not yet initialised.
     """
     if not _is_chain(model):
+        inside = [name for name, module in model.named_modules() if _is_chain(module)]
+        how = f"racecar.wrap(model.{inside[0]})" if inside else "racecar.wrap(nn.Sequential(model)), if it is one layer"
         raise ValueError(
             f"{type(model).__name__} is not a (nested) nn.Sequential, the only kind of model that is planned so far; "
-            "wrap the nn.Sequential in it that is to be trained backwards, for example racecar.wrap(model.features)"
+            f"wrap the nn.Sequential that is to be trained backwards, for example {how}"
         )
     walk = _Walk()
     for name, module in _leaves(model):
@@ -127,6 +131,7 @@ class _Walk:
         self.order: list[nn.Module] = []
         self.obstacle: str | None = None
         self.pre: list[nn.Module] = []
+        self.behind: list[nn.Module] = []  # norms and activations since the last tied operation
         self.stop: str | None = None
 
     def step(self, name: str, module: nn.Module) -> None:
@@ -135,7 +140,7 @@ class _Walk:
             return
         self.order.append(module)
         if describe.is_a(module, describe.TIED):
-            self._add_layer(name, module)
+            self._try(name, module, lambda: self._add_layer(name, module))
         elif describe.is_a(module, _SILENT):
             self.pre.append(module)
         elif isinstance(module, nn.Flatten) and not self.layers and not self._pooled():
@@ -152,10 +157,12 @@ class _Walk:
             self._try(name, module, lambda: self._add_latent(module))
 
     def _add_layer(self, name: str, module: nn.Module) -> None:
+        dims = describe.tied_of(module).dims
+        describe.steps_of(self.pre, dims)
         uses = sum(layer.op is module for layer in self.layers)
         name, at = f"{name}#{uses + 1}" if uses else name, len(self.order) - 1
-        self.layers.append(PlannedLayer(name, tuple(self.pre), module, (), at - len(self.pre), at))
-        self.pre = []
+        self.layers.append(PlannedLayer(name, at - len(self.pre), tuple(self.pre), module, tuple(self.behind), at))
+        self.pre, self.behind = [], []
 
     def _add_pre(self, module: nn.Module) -> None:
         describe.step_of(module)
@@ -163,9 +170,8 @@ class _Walk:
 
     def _add_latent(self, module: nn.Module) -> None:
         describe.latent_of(module)
-        last = self.layers[-1]
-        latent = (*last.latent, *self.pre, module)
-        self.layers[-1] = replace(last, latent=latent, last=len(self.order) - 1)
+        self.behind += [*self.pre, module]
+        self.layers[-1] = replace(self.layers[-1], y=len(self.order) - 1)
         self.pre = []  # dropout in front of an activation belongs to the latent, which the reverse runs without it
 
     def _pooled(self) -> bool:
@@ -181,8 +187,11 @@ class _Walk:
 
     def _end(self, name: str, module: nn.Module, reason: str) -> None:
         self.stop = name
-        self.left_out.append((name, f"ends the chain: {reason}"))
-        self._look_inside(name, module)
+        at = len(self.left_out)
+        if self._look_inside(name, module):
+            reason = f"{_kind(module)} is not a chain of modules"
+            self.obstacle = f"{name!r} ({_kind(module)}) is not a chain of modules"
+        self.left_out.insert(at, (name, f"ends the chain: {reason}"))
 
     def _behind_the_stop(self, name: str, module: nn.Module) -> None:
         if describe.is_a(module, describe.TIED):
@@ -190,20 +199,18 @@ class _Walk:
         else:
             self._look_inside(name, module)
 
-    def _look_inside(self, name: str, module: nn.Module) -> None:
-        """A module with tied operations of its own is a part of the graph that this planner does not see into."""
+    def _look_inside(self, name: str, module: nn.Module) -> bool:
+        """Whether the module has tied operations of its own: a part that this planner does not see into."""
         inside = [
             n for n, m in module.named_modules(prefix=name) if describe.is_a(m, describe.TIED) and m is not module
         ]
         self.left_out += [(n, f"inside {name!r} ({_kind(module)}), which is no chain") for n in inside]
-        if inside and self.obstacle is None:
-            self.obstacle = f"{name!r} ({_kind(module)}) is not a chain of modules"
+        return bool(inside)
 
     def check_shapes(self) -> None:
         """A layer norm over the image's rows and columns cannot meet what comes back at another size."""
         for m in range(1, len(self.layers)):
-            norms = [n for n in self.layers[m - 1].latent if isinstance(n, nn.LayerNorm)]
-            sized = [n.normalized_shape for n in norms if len(n.normalized_shape) > 1]
+            sized = [n.normalized_shape for n in self.layers[m].latent if isinstance(n, nn.LayerNorm)]
             if sized and any(not describe.is_a(p, _SILENT) for p in self.layers[m].pre):
                 reason = f"layer norm over {tuple(sized[0])} does not fit what comes back before pooling"
                 self.left_out = [(layer.name, reason) for layer in self.layers[m:]] + self.left_out
@@ -218,11 +225,11 @@ def _kind(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _way_back(layer: PlannedLayer, below: tuple[nn.Module, ...]) -> str:
-    """`Conv2d 64->64, then ReLU, then undo MaxPool2d`: what the reverse of this layer does."""
-    weight = layer.op.weight
-    groups = getattr(layer.op, "groups", 1)
-    parts = [f"{_kind(layer.op)} {weight.shape[0]}->{weight.shape[1] * groups}"]
-    parts += [_kind(module) for module in below if not describe.is_a(module, _SILENT)]
+def _way_back(layer: PlannedLayer) -> str:
+    """`Conv2d 64->64, ReLU, undo MaxPool2d`: what the reverse of this layer does."""
+    op = layer.op  # not its weight: a parametrised one is computed anew whenever it is looked at
+    sizes = (op.out_features, op.in_features) if describe.tied_of(op).dims == 0 else (op.out_channels, op.in_channels)
+    parts = [f"{_kind(op)} {sizes[0]}->{sizes[1]}"]
+    parts += [_kind(module) for module in layer.latent if not describe.is_a(module, _SILENT)]
     parts += [f"undo {_kind(module)}" for module in reversed(layer.pre) if not describe.is_a(module, _SILENT)]
     return ", ".join(parts)

@@ -13,12 +13,14 @@ Lam = float | Sequence[float] | Mapping[str, float]
 def parse_lam(lam: Any, names: Sequence[str]) -> list[float]:
     """One λ per compared layer, m = 1 first, from a number, a sequence or a mapping by layer name.
 
-    A layer that a mapping does not name gets 0.
+    A layer that a mapping does not name gets 0. Tensors and arrays of one number per layer are taken too.
 
     Raises:
         TypeError: not a number, sequence or mapping of numbers.
         ValueError: negative, infinite or NaN; a sequence of another length; a name that no layer has.
     """
+    if hasattr(lam, "tolist"):
+        lam = lam.tolist()
     if isinstance(lam, Mapping):
         unknown = [name for name in lam if name not in names]
         if unknown:
@@ -39,7 +41,10 @@ def parse_lam(lam: Any, names: Sequence[str]) -> list[float]:
 def _number(value: Any, name: str) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} must be a finite number of at least 0, got {number}")
     return number

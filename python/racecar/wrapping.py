@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import racecar_kernels as rk
 from racecar_kernels import describe
-from racecar_kernels.backends import choose
 from racecar_kernels.functional import REDUCTIONS, check_choice
 
 from .engine import Engine, Settings
@@ -21,6 +20,9 @@ MEMORY = ("store", "recompute", "deferred")
 NORMS = ("batch", "running")
 _FACE = ("lam", "reverse_loss", "reverse_losses", "reconstruct", "plan", "unwrap")
 _KEY = "_racecar_engine"
+_BEFORE = "reverse_loss belongs to a forward pass; call the model first"
+_NOT_WRAPPED = "this is a part of a wrapped model, and not wrapped itself; call racecar.wrap on it"
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class Reversible(nn.Module):
@@ -34,7 +36,7 @@ class Reversible(nn.Module):
     @lam.setter
     def lam(self, value: Lam) -> None:
         engine = _engine(self)
-        engine.lam = parse_lam(value, engine.plan.names[: engine.settings.layers])
+        engine.set_lam(parse_lam(value, engine.plan.names[: engine.settings.layers]))
 
     @property
     def reverse_loss(self) -> Tensor:
@@ -44,21 +46,21 @@ class Reversible(nn.Module):
         """
         result = _engine(self).result
         if result is None:
-            raise RuntimeError("reverse_loss belongs to a forward pass; call the model first")
-        sums = result.known_sums()
-        if result.reports and sums is not None and result.weights is not None:
-            return (sums * result.weights).sum()
+            raise AttributeError(_BEFORE)
+        known = [(s, w) for s, w in zip(result.known_sums(), result.weights_of_layers(), strict=True) if s is not None]
+        if result.reports and known:
+            return torch.stack([s * w for s, w in known]).sum()
         return result.total
 
     @property
     def reverse_losses(self) -> dict[str, Tensor]:
         """Layer name -> unweighted loss of the last forward, m = 1 first; detached scalars, empty if none is known."""
         engine = _engine(self)
-        sums = engine.result.known_sums() if engine.result is not None else None
-        if engine.result is None or sums is None or engine.result.factors is None:
+        if engine.result is None:
             return {}
-        losses = (sums * engine.result.factors).unbind()
-        return dict(zip(engine.plan.names, losses, strict=False))
+        sums, factors = engine.result.known_sums(), engine.result.factors
+        names = engine.plan.names[: len(sums)]
+        return {name: s * f for name, s, f in zip(names, sums, factors, strict=True) if s is not None}
 
     @property
     def plan(self) -> Plan:
@@ -72,6 +74,8 @@ class Reversible(nn.Module):
         Always the full reverse, whatever the variant. Without gradient; changes no buffer and no random state.
         """
         engine = _engine(self)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"reconstruct takes the model's input, a tensor, got {type(x).__name__}")
         devices = [x.device] if x.device.type == "cuda" else []
         buffers = [(module, dict(module._buffers)) for module in self.modules()]
         with torch.random.fork_rng(devices=devices):
@@ -87,11 +91,26 @@ class Reversible(nn.Module):
         return back.reshape(x.shape) if back.shape != x.shape and back.numel() == x.numel() else back
 
     def unwrap(self) -> nn.Module:
-        """Gives the plain model back: the same object, of its own class, with no hook left."""
+        """Gives the plain model back: the same object, of its own class, with no hook left.
+
+        Raises RuntimeError if something else (FSDP, a parametrization of the model itself) has changed the class since.
+        """
+        engine = _engine(self)
+        if type(self) is not _wrapped_class(engine.base):
+            raise RuntimeError(
+                f"the model's class was changed to {type(self).__name__} after wrapping; undo that before unwrap()"
+            )
         Engine.detach(self)
         del self.__dict__[_KEY]
-        self.__class__ = type(self).__bases__[1]
-        return self
+        model: nn.Module = self
+        model.__class__ = engine.base
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        # Python asks here after one of the properties has raised AttributeError, whose message it drops
+        if name in _FACE:
+            raise AttributeError(_BEFORE if _KEY in self.__dict__ else _NOT_WRAPPED)
+        return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         engine: Engine | None = self.__dict__.get(_KEY)
@@ -107,7 +126,11 @@ class Reversible(nn.Module):
         return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__bases__[1],), self.__dict__
+        engine = self.__dict__.get(_KEY)
+        if type(self) not in _CLASSES.values():  # somebody else's subclass of ours knows how to copy itself
+            return super().__reduce_ex__(protocol)
+        base = engine.base if engine is not None else type(self).__mro__[2]
+        return _rebuild, (base,), self.__dict__
 
 
 def wrap(
@@ -150,7 +173,8 @@ def wrap(
     Raises:
         ValueError: a value that is not among the choices; a bad λ; a model with nothing to tie, that is wrapped
             already, or that has an attribute of one of these names; a full reverse without a unique path.
-        TypeError: something that is not a module, a number, a mapping ...
+        TypeError: `model` or `input_activation` is no module, λ no number, sequence or mapping, `layers` no whole
+            number, or the weights are complex or integers.
     """
     _check_model(model)
     check_choice("variant", variant, VARIANTS)
@@ -162,8 +186,9 @@ def wrap(
     variant = _choose_variant(variant, memory, plan)
     compared = _count(layers, len(plan.layers))
     settings = Settings(variant, compared, reduction, norm, memory, input_activation, backend)
-    engine = Engine(plan, settings)
-    engine.lam = parse_lam(lam, plan.names[:compared])
+    values = parse_lam(lam, plan.names[:compared])
+    engine = Engine(model, plan, settings)
+    engine.set_lam(values)
     plan.variant, plan.compared, plan.kernel = variant, compared, _kernel(model, engine, backend)
     engine.attach()
     model.__dict__[_KEY] = engine
@@ -174,11 +199,14 @@ def wrap(
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if type(model) in _CLASSES.values() and _KEY not in model.__dict__:  # a slice of a wrapped nn.Sequential
+        model.__class__ = type(model).__mro__[2]
     for name, module in model.named_modules():
         if _KEY in module.__dict__:
             where = f"its part {name!r}" if name else "it"
             raise ValueError(f"this model cannot be wrapped, {where} is wrapped already; call unwrap() on that first")
-    taken = [name for name in _FACE if hasattr(model, name)]
+    own = {*model.__dict__, *model._modules, *model._parameters, *model._buffers}
+    taken = [name for name in _FACE if name in own or hasattr(type(model), name)]
     if taken:
         raise ValueError(
             f"{type(model).__name__} has attributes of its own named {', '.join(taken)}, which wrap would hide; "
@@ -191,7 +219,8 @@ def _check_activation(module: object) -> None:
         return
     if not isinstance(module, nn.Module):
         raise TypeError(f"input_activation must be a module such as nn.ReLU(), got {type(module).__name__}")
-    if any(True for _ in module.parameters()) or not isinstance(describe.latent_of(module), rk.Activation):
+    parameters = any(True for _ in module.parameters())
+    if parameters or not (describe.is_a(module, describe.ACTIVATIONS)):
         raise ValueError(
             f"input_activation must be an elementwise activation without parameters such as nn.Tanh(), got {module}"
         )
@@ -222,19 +251,20 @@ def _count(layers: object, n: int) -> int:
 
 def _kernel(model: nn.Module, engine: Engine, backend: str | None) -> str:
     """Names of the backends that serve this model's layers as they are now."""
-    weight = engine.plan.layers[0].op.weight
-    queries = [rk.Query(layer, weight.device.type, weight.dtype) for layer in engine.layers()]
-    return ", ".join(dict.fromkeys(choose(query, backend).name for query in queries))
+    parameters = [next(layer.op.parameters()) for layer in engine.plan.layers]
+    for layer, p in zip(engine.plan.layers, parameters, strict=True):
+        if not p.is_floating_point():
+            raise TypeError(f"layer {layer.name!r} has {p.dtype} weights; the reverse needs real floating-point ones")
+    pairs = zip(engine.layers(), parameters, strict=True)
+    queries = [rk.Query(layer, p.device.type, p.dtype) for layer, p in pairs]
+    return ", ".join(dict.fromkeys(rk.choose(query, backend).name for query in queries))
 
 
 def _engine(model: nn.Module) -> Engine:
     engine = model.__dict__.get(_KEY)
     if engine is None:
-        raise RuntimeError("this is a part of a wrapped model, and not wrapped itself; call racecar.wrap on it")
+        raise AttributeError(_NOT_WRAPPED)
     return engine
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _wrapped_class(base: type[nn.Module]) -> type[nn.Module]:
