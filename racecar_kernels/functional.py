@@ -170,6 +170,8 @@ def deferred_layer(
     """
     if len(segment.layers) != 1:
         raise ValueError(f"a deferred segment holds one layer, got {len(segment.layers)}")
+    if torch.compiler.is_compiling():
+        raise RuntimeError("memory='deferred' does not work under torch.compile yet; use 'recompute' or 'store'")
     if not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad for t in (y, target, weight, bias, *params)
     ):
