@@ -44,6 +44,15 @@ def check(
         source = seen
 
 
+def check_tensors(**tensors: object) -> None:
+    """Raises TypeError for what is no dense tensor; before anything asks it for its device or dtype."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got one with layout {t.layout}; use {name}.to_dense()")
+
+
 def _check_tensor(name: str, t: Tensor, like: Tensor) -> None:
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} must be a real floating-point tensor (float64 to bfloat16), got {t.dtype}")
@@ -74,10 +83,24 @@ def _check_layer(layer: Layer, y: Tensor, target: Tensor, weight: Tensor, bias: 
     if channels != expected:
         what = "input channels" if dims else "input features"
         raise ValueError(f"weight expects {expected} {what}, target has {channels}")
+    _check_padding(layer, seen)
     if bias is not None:
         _check_tensor("bias", bias, y)
+        if bias.dtype != y.dtype:
+            raise TypeError(f"bias is {bias.dtype}, y is {y.dtype}; both must have one dtype")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},) to match weight, got {tuple(bias.shape)}")
+
+
+def _check_padding(layer: Layer, seen: tuple[int, ...]) -> None:
+    """The padding modes read inside the image, so they cannot pad by more than it has."""
+    mode = layer.tied.padding_mode
+    most = {"reflect": -1, "circular": 0}
+    for size, widths in zip(seen[2:], layer.tied.padding, strict=True) if mode in most else ():
+        if max(widths) > size + most[mode]:
+            raise ValueError(
+                f"padding_mode={mode!r} can pad an image of size {size} by at most {size + most[mode]}, got {widths}"
+            )
 
 
 def _check_source(

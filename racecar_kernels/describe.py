@@ -92,9 +92,12 @@ def steps_of(modules: Iterable[nn.Module], dims: int) -> tuple[Step, ...]:
     steps = [step for step in map(step_of, modules) if step is not None]
     if steps and dims == 0:
         raise UnsupportedError("pooling or up-sampling in front of a Linear; the sizes that it acts on are not spatial")
-    return tuple(
-        Upsample(s.factor * dims) if isinstance(s, Upsample) and len(s.factor) == 1 and dims > 1 else s for s in steps
-    )
+    steps = [Upsample(s.factor * dims) if isinstance(s, Upsample) and len(s.factor) == 1 else s for s in steps]
+    for step in steps:
+        found = len(step.factor if isinstance(step, Upsample) else step.kernel)
+        if found != dims:
+            raise UnsupportedError(f"{found}d pooling or up-sampling in front of a {dims}d convolution")
+    return tuple(steps)
 
 
 def each(value: Any, dims: int) -> tuple[int, ...]:

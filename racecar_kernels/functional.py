@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import describe, ops
 from .backends import Query, choose
-from .checks import check
+from .checks import check, check_tensors
 from .layer import Layer, Segment, Tied
 
 REDUCTIONS = ("l2", "sum", "mean")
@@ -63,7 +63,7 @@ def autocast(
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """Under autocast, casts what autocast casts for a convolution; the gradients find their way back."""
     kind = y.device.type
-    if not torch.is_autocast_enabled(kind) or y.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or y.dtype == torch.float64:
         return y, list(weights), list(biases)
     dtype = torch.get_autocast_dtype(kind)
     return y.to(dtype), [w.to(dtype) for w in weights], [None if b is None else b.to(dtype) for b in biases]
@@ -114,11 +114,15 @@ def reverse_layer(
 
     Raises:
         ValueError: shapes, devices or settings that do not fit, an empty batch; the message says what would.
-        TypeError: an integer or complex tensor, or two dtypes.
+        TypeError: something that is not a dense, real floating-point tensor; weight or bias of another dtype than y
+            (target may be wider, as under autocast); a single module or a class where a sequence of modules belongs.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("memory", memory, MEMORY)
     check_choice("norm", norm, ("batch", "running"))
+    check_tensors(y=y, target=target, weight=weight, **({} if bias is None else {"bias": bias}))
+    for name, modules in (("pre", pre), ("latent", latent), ("undo", undo)):
+        _check_modules(name, modules)
     dims = weight.dim() - 2
     if dims not in (0, 1, 2, 3):
         raise ValueError(f"weight must have 2 dimensions (linear) or 3 to 5 (convolution), got {tuple(weight.shape)}")
@@ -134,16 +138,38 @@ def reverse_layer(
     return a, losses[0] * loss_factor(reduction, target.numel())
 
 
+def _check_modules(name: str, modules: Any) -> None:
+    if isinstance(modules, nn.Module) and not isinstance(modules, (nn.Sequential, nn.ModuleList)):
+        raise TypeError(f"{name} must be a sequence of modules, got {modules}; write {name}=[{modules}]")
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            hint = f"; write {module.__name__}()" if isinstance(module, type) else ""
+            raise TypeError(f"{name} must hold modules, got {module!r}{hint}")
+
+
+def _whole_numbers(name: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
+    """One number, or one per spatial dimension, each at least `least`."""
+    numbers = (value,) * dims if isinstance(value, int) else value
+    if (
+        not isinstance(numbers, Sequence)
+        or len(numbers) != dims
+        or any(not isinstance(n, int) or isinstance(n, bool) or n < least for n in numbers)
+    ):
+        raise ValueError(f"{name} must be a whole number of at least {least}, or {dims} of them, got {value!r}")
+    return tuple(numbers)
+
+
 def _convolution(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> Tied:
     check_choice("padding_mode", mode, ("zeros", "reflect", "replicate", "circular"))
     dims = weight.dim() - 2
-    stride, dilation = describe.each(stride, dims), describe.each(dilation, dims)
+    stride, dilation = _whole_numbers("stride", stride, dims, 1), _whole_numbers("dilation", dilation, dims, 1)
+    (groups,) = _whole_numbers("groups", groups, 1, 1)
     if isinstance(padding, str):
         check_choice("padding", padding, ("same", "valid"))
         if padding == "same" and max(stride) > 1:
             raise ValueError(f"padding='same' needs stride 1, got {stride}")
     else:
-        padding = describe.each(padding, dims)
+        padding = _whole_numbers("padding", padding, dims, 0)
     pairs = describe.padding_pairs(padding, tuple(weight.shape[2:]), dilation)
     return Tied(stride, pairs, dilation, groups, mode)
 

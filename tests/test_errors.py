@@ -54,6 +54,18 @@ def layer(y=Y, target=TARGET, weight=WEIGHT, bias=BIAS, **kwargs):
         (dict(memory="none"), ValueError, "memory must be one of 'store', 'recompute'"),
         (dict(norm="group"), ValueError, "norm must be one of 'batch', 'running'"),
         (dict(padding_mode="wrap"), ValueError, "padding_mode must be one of"),
+        (dict(bias=torch.ones(4).double()), TypeError, "bias is torch.float64, y is torch.float32"),
+        (dict(stride=0), ValueError, "stride must be a whole number of at least 1, or 2 of them, got 0"),
+        (dict(stride=1.0), ValueError, "stride must be a whole number.*got 1.0"),
+        (dict(stride=(1,)), ValueError, r"or 2 of them, got \(1,\)"),
+        (dict(dilation="a"), ValueError, "dilation must be a whole number.*got 'a'"),
+        (dict(groups=0), ValueError, "groups must be a whole number of at least 1"),
+        (dict(latent=nn.ReLU()), TypeError, r"latent must be a sequence of modules.*write latent=\[ReLU\(\)\]"),
+        (dict(latent=[nn.ReLU]), TypeError, r"latent must hold modules.*write ReLU\(\)"),
+        (dict(y=[1.0]), TypeError, "y must be a tensor, got list"),
+        (dict(target=torch.ones(TARGET).to_sparse()), TypeError, "target must be a dense tensor"),
+        (dict(y=torch.ones(Y, device="meta")), ValueError, "target is on cpu, y is on meta"),
+        (dict(pre=[nn.MaxPool1d(2)]), ValueError, "1d pooling or up-sampling in front of a 2d convolution"),
         (dict(backend="abacus"), ValueError, "no backend 'abacus'.*reference"),
     ],
     ids=str,
@@ -67,6 +79,10 @@ def test_settings_of_the_padding() -> None:
     args = torch.randn(Y), torch.randn(TARGET), torch.randn(WEIGHT)
     with pytest.raises(ValueError, match="needs stride 1"):
         rk.reverse_layer(*args, padding="same", stride=2)
+    with pytest.raises(ValueError, match="padding must be a whole number of at least 0.*got -1"):
+        rk.reverse_layer(*args, padding=-1)
+    with pytest.raises(ValueError, match=r"'reflect' can pad an image of size 6 by at most 5, got \(9, 9\)"):
+        rk.reverse_layer(*args, padding=9, padding_mode="reflect")
     with pytest.raises(ValueError, match="'same', 'valid', got 'full'"):
         rk.reverse_layer(*args, padding="full")
     with pytest.raises(ValueError, match="too small for weight"):

@@ -21,8 +21,6 @@ SETTINGS = {
     "prelu": [(1,), (3,)],
 }
 MODULES = [TABLE[name].module(*args) for name in TABLE for args in SETTINGS.get(name, [()])]
-NAMED = {"gelu": lambda approximate: nn.GELU(approximate=approximate)}
-MODULES = [NAMED[n](*a) if n in NAMED else TABLE[n].module(*a) for n in TABLE for a in SETTINGS.get(n, [()])]
 CHAINS = [
     [nn.BatchNorm2d(3), nn.ReLU()],
     [nn.GroupNorm(3, 3), nn.PReLU(3), nn.BatchNorm2d(3, affine=False)],

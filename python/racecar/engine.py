@@ -180,6 +180,8 @@ class Engine:
     def enter(self, m: int, d: Tensor) -> Tensor:
         """Layer m receives d."""
         run = self._running()
+        if m == 0:
+            self._check_input(d)
         if m == len(run.targets):
             run.targets.append(d)
             run.versions.append(_version(d))
@@ -206,6 +208,19 @@ class Engine:
         if self.run is None:
             raise RuntimeError("a hook of racecar ran outside the wrapped model's forward")
         return self.run
+
+    def _check_input(self, d: Tensor) -> None:
+        dims = describe.tied_of(self.plan.layers[0].op).dims
+        if dims and d.dim() != dims + 2:
+            raise ValueError(
+                f"the reverse pass needs batches, (batch, channels, {dims} spatial sizes) here; layer "
+                f"{self.plan.names[0]!r} received {tuple(d.shape)}; add a dimension with x.unsqueeze(0)"
+            )
+        if d.numel() == 0:
+            raise ValueError(
+                f"the reverse pass needs a batch of at least one; layer {self.plan.names[0]!r} received "
+                f"{tuple(d.shape)}"
+            )
 
     def _check_unchanged(self, run: _Run, m: int) -> None:
         if _version(run.targets[m]) != run.versions[m]:
