@@ -63,7 +63,8 @@ def autocast(
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
     """Under autocast, casts what autocast casts for a convolution; the gradients find their way back."""
     kind = y.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or y.dtype == torch.float64:
+    # there is no autocast on "meta"; torch.amp.is_autocast_available would say so, but PyTorch 2.11 cannot trace it
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or y.dtype == torch.float64:
         return y, list(weights), list(biases)
     dtype = torch.get_autocast_dtype(kind)
     return y.to(dtype), [w.to(dtype) for w in weights], [None if b is None else b.to(dtype) for b in biases]
