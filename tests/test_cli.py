@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import sys
@@ -39,9 +40,18 @@ def test_a_tiny_run_writes_table_and_report(tmp_path):
     assert "found 24 images of 3 classes" in text
     assert "tiny: test accuracy after each phase, 1 seed" in text
     assert "1.00 ×" in text and "report.html" in text
+    assert "Std: plain training. RR: trained with its reverse pass (full)." in " ".join(text.split())
     assert {"report.html", "results.json", "pictures.npz", "reconstructions.png", "checkpoints"} == {
         path.name for path in out.iterdir()
     }
+
+
+def test_training_that_failed_is_remarked_on(tmp_path):
+    result = invoke("demo", "--quick", "--seeds", "1", "--lam", "1e30", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    lines = [line for line in plain(result.stdout).splitlines() if line.startswith("warning:")]
+    assert len(lines) == 1 and lines[0].startswith("warning: RR: accuracy after phase I is .")
+    assert "λ (--lam 1e+30) or the learning rate (--learning-rate 0.001) is probably too large" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +63,12 @@ def test_a_tiny_run_writes_table_and_report(tmp_path):
         (["--data", "/no/such/[place]"], "no such file or folder: /no/such/[place]"),
         (["--out", "{file}/out"], "out: cannot write into {file}/out"),
         (["--limit", "5"], "limit is 5, but there are 10 classes"),
+        (["--blur", "1000"], "blur must be at most 8 pixels, the longer side of these 8×8 images, got 1000"),
+        (["--size", "5000"], "size must be at most 256 pixels, got 5000"),
+        (
+            ["--threads", "100000"],
+            f"threads must be at least 1 and at most {os.cpu_count()}, the CPUs here, got 100000",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):

@@ -51,7 +51,9 @@ def task_of(path) -> Task:
         ({"batch_size": -1}, "batch-size must be at least 1, got -1"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"size": 0}, "size must be at least 1"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"size": 257}, "size must be at most 256 pixels, got 257"),
+        ({"threads": 0}, f"threads must be at least 1 and at most {os.cpu_count()}, the CPUs here, got 0"),
+        ({"threads": 100_000}, f"threads must be at least 1 and at most {os.cpu_count()}, the CPUs here, got 100000"),
         ({"lam": -0.1}, "lam must be a number, 0 or larger, got -0.1"),
         ({"lam": float("nan")}, "lam must be a number, 0 or larger, got nan"),
         ({"learning_rate": 0.0}, "learning-rate must be larger than 0"),
@@ -75,6 +77,9 @@ def test_defaults_depend_on_the_data(tmp_path):
     assert (filled.seeds, filled.epochs, filled.blur) == (3, 40, 3.0)
     filled = Settings(quick=True, epochs=5).filled(data)
     assert (filled.seeds, filled.epochs) == (2, 5)
+    assert Settings(blur=8).filled(data).blur == 8
+    with pytest.raises(SettingsError, match="blur must be at most 8 pixels, the longer side of these 8×8 .*got 8.5"):
+        Settings(blur=8.5).filled(data)
 
 
 # --- network and contestants
@@ -277,7 +282,9 @@ def test_whole_demo(tmp_path):
     assert torch.get_num_threads() == threads
     assert "found 60 images of 2 classes" in said[0]
     assert planned == [sum(done)] == [2 * 3 * 2 * 2 * 3]
-    assert stages[0] == "Std, seed 0, I" and stages[-1] == "measuring costs"
+    assert len(said) == 2
+    assert stages[:3] == ["reading images", "blurring images", "Std, seed 0, I"]
+    assert stages[-6] == "measuring costs" and stages[-1] == "measuring costs, round 5 of 5"
     assert {(run.model, run.seed, run.phase) for run in results.runs} == {
         (contestant.name, seed, phase) for contestant in CONTESTANTS for seed in range(2) for phase in PHASES
     }
@@ -300,6 +307,19 @@ def test_bad_input_is_found_before_anything_is_computed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match=r"out: cannot write into .*file/out"):
         run_demo(Settings(), tmp_path / "file" / "out")
+
+
+def test_large_images_are_announced_before_they_are_blurred(tmp_path, monkeypatch):
+    said: list[str] = []
+
+    def stop(stage: str) -> None:
+        if stage == "blurring images":
+            raise KeyboardInterrupt
+
+    settings = Settings(data=str(small_data(tmp_path, count=10, side=96)))
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(settings, tmp_path / "out", listener=Listener(say=said.append, stage=stop))
+    assert said[-1].startswith("Large images: 96×96 is 9 times the work of 32×32 in every step")
 
 
 def test_gpu_that_is_not_there(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from racecar.demo.curves import decades, panel, round_steps
 from racecar.demo.images import grey_levels, signed_levels
+from racecar.demo.remarks import remarks
 from racecar.demo.report import render, write_report
 from racecar.demo.results import (
     PHASES,
@@ -33,7 +35,7 @@ def made_up(seeds: int = 2, channels: int = 1):
     results = Results(
         models=models,
         data={"name": "toys", "description": "toys: found 9 images & more", "notes": ["Limited to 9."]},
-        settings={"lam": 0.1},
+        settings={"lam": 0.1, "limit": None, "quick": False},
         versions={"torch": "2.13.0"},
         command="racecar demo --data '<toys>'",
         started="2026-01-01T00:00:00+00:00",
@@ -99,6 +101,40 @@ def test_page_shows_figures_command_and_versions():
     assert "racecar demo --data &#x27;&lt;toys&gt;&#x27;" in text
     assert "&lt;both ways&gt;" in text and "found 9 images &amp; more" in text
     assert "Limited to 9." in text
+    assert "limit =" not in text and "quick =" not in text
+    assert "Std: plain. RR: &lt;both ways&gt;." in text
+
+
+def test_bold_only_where_the_ranges_do_not_overlap():
+    assert render(*made_up()).count("<b>") == 3  # one in each phase
+    assert "<b>" not in render(*made_up(seeds=1))
+    assert "<b>" not in render(*made_up(seeds=4))  # .905 … .925 ± .013: the ranges overlap
+
+
+def with_run(phase: str, classes: int = 10, **changes: object):
+    results, _ = made_up()
+    results.data["classes"] = [str(i) for i in range(classes)]
+    results.settings["learning_rate"] = 0.5
+    results.runs = [
+        replace(r, **changes) if (r.model, r.phase, r.seed) == ("RR", phase, 1) else r for r in results.runs
+    ]
+    return results
+
+
+def test_remarks_name_the_model_and_the_cause():
+    assert remarks(made_up()[0]) == remarks(with_run("A→A", accuracy=[0.1])) == []
+    assert remarks(with_run("I", accuracy=[0.16])) == remarks(with_run("I", 2, accuracy=[0.61])) == []
+    too_large = "λ (--lam 0.1) or the learning rate (--learning-rate 0.5) is probably too large"
+    assert remarks(with_run("I", accuracy=[0.9, 0.14])) == [
+        f"RR: accuracy after phase I is .140, next to guessing one of 10 classes (.100); {too_large}, "
+        "or training too short"
+    ]
+    assert remarks(with_run("I", reverse_loss=[0.1, float("inf")])) == [
+        f"RR: the loss of phase I is not finite; {too_large}"
+    ]
+    failed = with_run("A→B", task_loss=[float("nan")])
+    assert remarks(failed)[0].startswith("RR: the loss of A→B is not finite; λ")
+    assert "<strong>Warning.</strong> RR: the loss" in render(failed, made_up()[1])
 
 
 def test_results_survive_saving(tmp_path):
@@ -136,6 +172,8 @@ def test_terminal_table():
     text = console.export_text()
     assert "toys: test accuracy after each phase, 2 seeds" in text
     assert ".925 ± .007" in text and "2.00 ×" in text
+    words = " ".join(text.split())
+    assert "Std: plain. RR: <both ways>." in words and "phase I: task A, RR with the reverse loss." in words
 
 
 def test_accuracy_text():
@@ -172,4 +210,5 @@ def test_levels():
     colours = signed_levels(np.array([[[-2.0, 0.0, 2.0]]], np.float32))
     assert colours.shape == (1, 3, 3)
     assert colours[0, 0, 2] > colours[0, 0, 0] and colours[0, 2, 0] > colours[0, 2, 2]
+    assert signed_levels(np.full((1, 2, 2), np.nan, np.float32)).tolist() == [[[247] * 3] * 2] * 2
     assert signed_levels(np.zeros((3, 2, 2), np.float32)).tolist() == [[[128] * 3] * 2] * 2

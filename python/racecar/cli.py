@@ -50,7 +50,10 @@ def demo(
     learning_rate: Annotated[float, typer.Option(help="Learning rate of Adam, in every phase.")] = 1e-3,
     blur: Annotated[
         float | None,
-        typer.Option(help="Length of task B's motion blur in pixels. \\[default: 3/8 of the image's width]"),
+        typer.Option(
+            help="Length of task B's motion blur in pixels, at most the image's longer side. "
+            "\\[default: 3/8 of its width]"
+        ),
     ] = None,
     angle: Annotated[float, typer.Option(help="Direction of the blur in degrees from horizontal.")] = 15.0,
     limit: Annotated[
@@ -62,19 +65,22 @@ def demo(
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(help="Crop and resize image files to size×size. \\[default: a side above 32 is shrunk to 32]"),
+        typer.Option(
+            help="Crop and resize image files to size×size, at most 256. \\[default: a side above 32 is shrunk to 32]"
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads, at most one per CPU.")] = 1,
     accelerator: Annotated[str, typer.Option(help="Where to train: cpu, gpu or auto.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for report.html, results.json, pictures and checkpoints.")] = Path(
         "racecar-demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Two seeds, two epochs: only to see that it runs.")] = False,
 ) -> None:
-    """Compare plain training (Std) with reverse-pass pretraining (RR), in three minutes on two CPU cores.
+    """Compare plain training (Std) with reverse-pass pretraining (RR), in about a minute on one CPU core.
 
     Task A is to name the class of an image, task B the same with motion-blurred images. Phase I trains on A, RR with
-    the reverse loss; phase II goes on without it, once on A (A→A) and once on B (A→B).
+    the reverse loss; phase II goes on without it, once on A (A→A) and once on B (A→B). With --data it may take about
+    three minutes.
     """
     try:
         from .data import DataError

@@ -47,10 +47,11 @@ def npz_source(path: Path) -> Source:
     """A NumPy archive holding x_train, y_train, x_test, y_test, or x and y.
 
     Images: (images, height, width), (images, height, width, 1 or 3) or (images, 1 or 3, height, width), non-negative;
-    integers count 255 (uint8) or their largest value as white, floats 1 or their largest value. Labels: one each.
+    integers count 255 (uint8) or their largest value as white, floats 1 or their largest value. Labels: one each,
+    integers or strings.
 
     Raises:
-        DataError: not an archive, other names in it, or arrays of another shape, length or range.
+        DataError: not an archive, other names in it, or arrays of another kind, shape, length or range.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -75,7 +76,8 @@ def npz_source(path: Path) -> Source:
                 f"{path}: {y_name} has shape {labels.shape}; expected one label for each of "
                 f"the {len(array)} images in {x_name}"
             )
-    names_of_classes, index = np.unique(np.concatenate([pair[1] for pair in pairs]), return_inverse=True)
+    labels_of_halves = [npz_labels(path, y_name, labels) for _, labels, _, y_name in pairs]
+    names_of_classes, index = np.unique(np.concatenate(labels_of_halves), return_inverse=True)
     scale = 255.0 if images[0].dtype == np.uint8 else max(1.0, max(float(array.max()) for array in images))
     parts, start = [], 0
     for array in images:
@@ -101,6 +103,21 @@ def npz_images(path: Path, name: str, array: Array) -> Array:
     if not np.isfinite(array).all() or array.min() < 0:
         raise DataError(f"{path}: {name} holds values that are negative or not finite; expected 0 (black) to white")
     return array
+
+
+def npz_labels(path: Path, name: str, labels: Array) -> Array:
+    """Labels as integers, or strings as they are; floats that are whole numbers count as integers."""
+    if labels.dtype.kind in "bUS":
+        return labels
+    if labels.dtype.kind in "iuf":
+        # Beyond 2⁵³ a float cannot tell neighbouring integers apart. NaN fails both comparisons.
+        whole = labels.dtype.kind != "f" or (np.abs(labels) < 2.0**53) & (labels == np.floor(labels))
+        if np.all(whole):
+            return labels.astype(np.int64)
+        found = f"{labels.dtype} with values such as {labels[~whole][0]}"
+    else:
+        found = str(labels.dtype)
+    raise DataError(f"{path}: {name} holds {found}; labels must be integers or strings, one per image")
 
 
 def idx_source(folder: Path) -> Source:

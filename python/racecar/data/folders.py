@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -241,7 +242,9 @@ def decode(file: ImageFile) -> Image.Image:
             if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip to white
                 return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, UnidentifiedImageError) as error:
-        raise DataError(f"{file.tree.spell(file.name)}: corrupt image ({error})") from error
+        # Pillow names the object that it read from, an address in memory, where the file's name should stand.
+        why = re.sub(r"\s*<[^>]* object at 0x[^>]*>", "", str(error))
+        raise DataError(f"{file.tree.spell(file.name)}: corrupt image ({why})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{file.tree.spell(file.name)}: image too large ({error})") from error
     return image

@@ -171,6 +171,7 @@ def check_classes(source: Source) -> None:
     names = ", ".join(source.classes[:10]) or "none"
     if len(source.classes) < 2:
         raise DataError(f"{source.name}: found {len(source.classes)} class ({names}); at least 2 are needed")
+    check_same_classes(source)
     needed = 2 if source.test is None else 1
     for part, what in ((source.train, "training "), (source.test, "test ")):
         if part is None:
@@ -180,9 +181,28 @@ def check_classes(source: Source) -> None:
         if counts[few] < needed:
             what = what if source.test is not None else ""
             raise DataError(
-                f"{source.name}: class '{source.classes[few]}' has {counts[few]} {what}images; at least {needed} "
+                f"{source.name}: class '{source.classes[few]}' has {counts[few]} "
+                f"{what}image{'' if counts[few] == 1 else 's'}; at least {needed} "
                 f"{'are needed, one to train and one to test on' if needed == 2 else 'is needed'}"
             )
+
+
+def check_same_classes(source: Source) -> None:
+    """Raises DataError where the training part has classes that the test part lacks, or the reverse; names them."""
+    if source.test is None:
+        return
+    train, test = (set(np.unique(part.labels).tolist()) for part in (source.train, source.test))
+    lonely = [("train", sorted(train - test)), ("test", sorted(test - train))]
+    if train == test:
+        return
+    listed = "; ".join(f"only in {half}: {shortened(source.classes, found)}" for half, found in lonely if found)
+    raise DataError(f"{source.name}: train and test must hold the same classes, but these stand alone: {listed}")
+
+
+def shortened(classes: tuple[str, ...], found: list[int], most: int = 10) -> str:
+    """Names of classes in one line; beyond `most`, how many more there are."""
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(classes[i] for i in found[:most]) + more
 
 
 def as_images(pixels: Pixels) -> Tensor:

@@ -35,7 +35,7 @@ class Contestant:
 
 CONTESTANTS = (
     Contestant("Std", "plain training", reverse=False),
-    Contestant("RR", "trained backwards too, full reverse pass", reverse=True),
+    Contestant("RR", "trained with its reverse pass (full)", reverse=True),
 )
 
 

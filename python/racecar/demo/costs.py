@@ -15,7 +15,14 @@ from .training import Task
 
 
 def measure_costs(
-    task: Task, image_shape: tuple[int, int, int], *, lam: float, batch_size: int, device: torch.device, rounds: int
+    task: Task,
+    image_shape: tuple[int, int, int],
+    *,
+    lam: float,
+    batch_size: int,
+    device: torch.device,
+    rounds: int,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Cost]:
     """Step time (forward, backward, Adam) and bytes kept for the backward pass, as ratios to the first contestant.
 
@@ -26,6 +33,7 @@ def measure_costs(
         batch_size: images per step.
         device: where the steps run.
         rounds: timed steps of each contestant; they alternate.
+        progress: called with the number of finished rounds after each of them.
     """
     x, y = task.train_x[:batch_size].to(device), task.train_y[:batch_size].to(device)
     classes = int(task.train_y.max()) + 1
@@ -36,7 +44,7 @@ def measure_costs(
         run = forward_of(contestant, network, lam, x, y)
         kept[contestant.name] = kept_bytes(run, network.parameters())
         steps[contestant.name] = step_of(run, torch.optim.Adam(network.parameters()))
-    times = step_times(steps, rounds=rounds, device=device)
+    times = step_times(steps, rounds=rounds, device=device, progress=progress)
     base = CONTESTANTS[0].name
     return {
         name: Cost(

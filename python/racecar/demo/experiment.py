@@ -27,6 +27,7 @@ from .singular_vectors import data_modes, first_layer_modes
 from .training import Task, train
 
 MAX_SIDE = 32  # a longer side is shrunk to it: what two CPU cores finish in about three minutes
+LARGE = 64  # from a longer side above this on, what comes before the first training step is announced
 SHOWN = 10  # images and patterns per row of a picture
 VERSIONS_OF = ("torch", "lightning", "numpy", "safetensors")
 
@@ -38,7 +39,7 @@ class Listener:
     Attributes:
         say: one line of text.
         plan: the number of training steps to come.
-        stage: what is being done now, in a few words.
+        stage: what is being done now, in a few words; before `plan` as well.
         advance: so many steps are done.
     """
 
@@ -68,11 +69,14 @@ def run_demo(settings: Settings, out: Path, *, command: str = "", listener: List
     results_at = datetime.now().astimezone().isoformat(timespec="seconds")
     prepare_folder(out)
     device = device_of(settings.accelerator)
+    listener.stage("reading images")
     data = load_images(settings.data, limit=settings.image_limit, size=settings.size, max_side=MAX_SIDE)
     settings = settings.filled(data)
     listener.say(data.describe())
     for note in data.notes:
         listener.say(note)
+    if max(data.image_shape[1:]) > LARGE:
+        listener.say(size_note(data))
     with cpu_threads(settings.threads):
         results, pictures = compute(data, settings, out, device, listener)
     results.command, results.started = command, results_at
@@ -85,6 +89,7 @@ def compute(
     data: ImageData, settings: Settings, out: Path, device: torch.device, listener: Listener
 ) -> tuple[Results, Pictures]:
     """Everything between reading the data and saving the results."""
+    listener.stage("blurring images")
     tasks = tasks_of(data, settings)
     results = Results(
         models={contestant.name: contestant.title for contestant in CONTESTANTS},
@@ -104,7 +109,9 @@ def compute(
         for contestant in CONTESTANTS:
             network = run_phases(contestant, seed, tasks, data, settings, out, results, listener)
             if seed == 0:
+                listener.stage(f"{contestant.name}, reconstructions and first-layer patterns")
                 examine(contestant, network, data, examples, results, pictures)
+    rounds = 5 if settings.quick else 60
     listener.stage("measuring costs")
     results.costs = measure_costs(
         tasks["A"],
@@ -112,9 +119,19 @@ def compute(
         lam=settings.lam,
         batch_size=settings.batch_size,
         device=device,
-        rounds=5 if settings.quick else 60,
+        rounds=rounds,
+        progress=lambda done: listener.stage(f"measuring costs, round {done} of {rounds}"),
     )
     return results, pictures
+
+
+def size_note(data: ImageData) -> str:
+    """What large images mean for the time it takes, in one line."""
+    _, height, width = data.image_shape
+    return (
+        f"Large images: {height}×{width} is {height * width / MAX_SIDE**2:.0f} times the work of "
+        f"{MAX_SIDE}×{MAX_SIDE} in every step; blurring them comes first."
+    )
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def grey_levels(image: Array) -> NDArray[np.uint8]:
 
 def signed_levels(pattern: Array) -> NDArray[np.uint8]:
     """A pattern of both signs, scaled to its largest entry: blue to red, or colours about grey for colour data."""
-    scaled = np.nan_to_num(pattern) / max(float(np.abs(pattern).max()), 1e-12)
+    finite = np.nan_to_num(pattern, nan=0.0, posinf=0.0, neginf=0.0)
+    scaled = finite / max(float(np.abs(finite).max()), 1e-12)
     if len(scaled) != 1:
         return grey_levels(((scaled + 1) / 2).astype(np.float32))
     level = scaled[0][..., None].astype(np.float64)

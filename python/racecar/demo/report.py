@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from .curves import panel
 from .images import Array, data_uri, grey_levels, save_rows, signed_levels
 from .page import PAGE
+from .remarks import remarks
 from .results import PHASE_TITLES, PHASES, Pictures, Results, load_results
-from .text import accuracy_text, phase_label
+from .text import accuracy_text, models_text, phase_label, reverse_names
 
 
 def write_report(folder: Path) -> Path:
@@ -42,7 +43,7 @@ COLUMNS = (*(phase_label(phase) for phase in PHASES), "step time", "kept bytes")
 def render(results: Results, pictures: Pictures) -> str:
     """The whole page; nothing in it refers to anything outside."""
     sections = [
-        section("Accuracy and cost", accuracy_table(results), table_note(results)),
+        section("Accuracy and cost", accuracy_table(results), warnings(results), table_note(results)),
         section("What comes back", *reconstruction_section(results, pictures)),
         section("What the first layer looks at", *modes_section(results, pictures)),
         section("Training curves", legend(results), *curves_section(results)),
@@ -71,29 +72,23 @@ def lead(results: Results) -> str:
     )
     return (
         f"<p>{escape(results.data['description'])}. Task A is to name the class; task B is the same with "
-        f"motion-blurred images. Phase I trains on A, {reverse_names(results)} with the reverse loss beside the "
+        f"motion-blurred images. {escape(models_text(results))} Phase I trains on A, "
+        f"{escape(reverse_names(results))} with the reverse loss beside the "
         f"task's; phase II goes on without it, on A (A→A) and on B (A→B).</p>"
         f"<p><strong>Test accuracy after phase II, {seeds} seed{'s' if seeds > 1 else ''}.</strong> {outcome}.</p>"
     )
 
 
-def reverse_names(results: Results) -> str:
-    """The models whose phase I had a reverse loss."""
-    return " and ".join(
-        escape(name) for name in results.models if any(run.reverse_loss for run in results.select(name, "I"))
-    )
-
-
 def accuracy_table(results: Results) -> str:
-    """Accuracy by phase and cost per step; the best mean of a column is bold."""
-    best = {phase: max(results.accuracy(name, phase)[0] for name in results.models) for phase in PHASES}
+    """Accuracy by phase and cost per step; bold where one model is clear of the others."""
+    best = {phase: clear_winner(results, phase) for phase in PHASES}
     rows = []
     for i, (name, title) in enumerate(results.models.items()):
         cells = []
         for phase in PHASES:
             mean, deviation = results.accuracy(name, phase)
             text = accuracy_text(mean, deviation)
-            cells.append(f"<b>{text}</b>" if mean == best[phase] else text)
+            cells.append(f"<b>{text}</b>" if name == best[phase] else text)
         cost = results.costs[name]
         cells.append(f"{cost.time_ratio:.2f} ×<small>{cost.milliseconds:.1f} ms</small>")
         cells.append(f"{cost.kept_ratio:.2f} ×<small>{megabytes(cost.kept)}</small>")
@@ -103,6 +98,23 @@ def accuracy_table(results: Results) -> str:
         rows.append(f"<tr>{label}{labelled}</tr>")
     head = "".join(f"<th>{column}</th>" for column in ("model", *COLUMNS))
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def clear_winner(results: Results, phase: str) -> str | None:
+    """The model whose mean minus deviation exceeds every other's mean plus deviation; None where seeds cannot tell."""
+    found = {name: results.accuracy(name, phase) for name in results.models}
+    spreads = {name: (mean - (spread or 0.0), mean + (spread or 0.0)) for name, (mean, spread) in found.items()}
+    if any(spread is None for _, spread in found.values()):
+        return None
+    for name, (low, _) in spreads.items():
+        if all(low > high for other, (_, high) in spreads.items() if other != name):
+            return name
+    return None
+
+
+def warnings(results: Results) -> str:
+    """What looks wrong with the training, if anything."""
+    return "".join(f"<p><strong>Warning.</strong> {escape(remark)}.</p>" for remark in remarks(results))
 
 
 def megabytes(count: int) -> str:
@@ -116,9 +128,10 @@ def table_note(results: Results) -> str:
     return (
         "<p class='note'>Test accuracy after the last epoch: mean ± sample standard deviation over the seeds, which "
         "set initial weights and order of batches (the same for every model); the split of the data is the same for "
-        f"all. Step time: median of one phase-I step (forward, backward, Adam), ratio to {base} taken round by round "
-        "while the models alternate. Kept bytes: what the forward pass keeps for the backward pass. In phase II all "
-        "models cost the same.</p>"
+        "all. Bold: mean minus deviation lies above every other model's mean plus deviation; otherwise, and with a "
+        "single seed, nothing is bold. Step time: median of one phase-I step (forward, backward, Adam), ratio to "
+        f"{base} taken round by round while the models alternate. Kept bytes: what the forward pass keeps for the "
+        "backward pass. In phase II all models cost the same.</p>"
     )
 
 
@@ -207,7 +220,13 @@ def made_section(results: Results) -> str:
         "seeds": escape(", ".join(str(seed) for seed in sorted({run.seed for run in results.runs}))),
         "phases": "<br>".join(escape(f"{phase}: {PHASE_TITLES[phase]}") for phase in PHASES),
         "data": "<br>".join(escape(line) for line in [results.data["description"], *results.data["notes"]]),
-        "settings": escape(", ".join(f"{name} = {value}" for name, value in results.settings.items())),
+        "settings": escape(settings_text(results)),
         "versions": escape(", ".join(f"{name} {value}" for name, value in results.versions.items())),
     }
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows.items()) + "</dl>"
+
+
+def settings_text(results: Results) -> str:
+    """The settings that say something: one that is None, or off, was not set."""
+    shown = {name: value for name, value in results.settings.items() if value is not None and value is not False}
+    return ", ".join(f"{name} = {value}" for name, value in shown.items())

@@ -10,10 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 
 from .experiment import Listener, run_demo
+from .remarks import remarks
 from .report import write_report
 from .results import PHASES, Results
 from .settings import Settings
-from .text import accuracy_text, phase_label
+from .text import accuracy_text, models_text, phase_label, phases_text
 
 
 def run_in_terminal(settings: Settings, out: Path, *, command: str, console: Console) -> Results:
@@ -28,7 +29,46 @@ def run_in_terminal(settings: Settings, out: Path, *, command: str, console: Con
     Raises:
         DataError, SettingsError: bad input, before anything is computed.
     """
-    progress = Progress(
+    progress = progress_bar(console)
+    bar = progress.add_task("", total=None)
+    waiting = console.status("")  # before the bar; it vanishes, so that an error in the data stands alone
+
+    def stage(words: str) -> None:
+        progress.update(bar, description=words)
+        if not progress.live.is_started:
+            waiting.update(words)
+            waiting.start()
+
+    def begin(steps: int) -> None:
+        waiting.stop()
+        progress.update(bar, total=steps)
+        progress.start()
+
+    listener = Listener(
+        say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
+        plan=begin,
+        stage=stage,
+        advance=lambda steps: progress.advance(bar, steps),
+    )
+    try:
+        results = run_demo(settings, out, command=command, listener=listener)
+        progress.update(bar, description="writing report")
+        report = write_report(out)
+        progress.update(bar, description="done")
+    finally:
+        waiting.stop()
+        if progress.live.is_started:
+            progress.stop()
+    console.print(results_table(results))
+    for remark in remarks(results):
+        console.print(f"[yellow]warning:[/] {escape(remark)}", highlight=False, soft_wrap=True)
+    console.print(f"{results.seconds:.0f} s. Report: {escape(str(report))}", highlight=False, soft_wrap=True)
+    return results
+
+
+def progress_bar(console: Console) -> Progress:
+    """What is being done, steps done of all steps, time left; not started yet."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -38,29 +78,6 @@ def run_in_terminal(settings: Settings, out: Path, *, command: str, console: Con
         console=console,
         refresh_per_second=4,  # drawing shares the cores with the training
     )
-    bar = progress.add_task("", total=None)
-
-    def begin(steps: int) -> None:
-        progress.update(bar, total=steps)
-        progress.start()  # not before: an error in the data should stand alone
-
-    listener = Listener(
-        say=lambda line: console.print(escape(line), highlight=False, soft_wrap=True),
-        plan=begin,
-        stage=lambda words: progress.update(bar, description=words),
-        advance=lambda steps: progress.advance(bar, steps),
-    )
-    try:
-        results = run_demo(settings, out, command=command, listener=listener)
-        progress.update(bar, description="writing report")
-        report = write_report(out)
-        progress.update(bar, description="done")
-    finally:
-        if progress.live.is_started:
-            progress.stop()
-    console.print(results_table(results))
-    console.print(f"{results.seconds:.0f} s. Report: {escape(str(report))}", highlight=False, soft_wrap=True)
-    return results
 
 
 def results_table(results: Results) -> Table:
@@ -68,7 +85,11 @@ def results_table(results: Results) -> Table:
     seeds = len({run.seed for run in results.runs})
     table = Table(
         title=f"{results.data['name']}: test accuracy after each phase, {seeds} seed{'s' if seeds > 1 else ''}",
-        caption=f"step time and kept bytes of a phase-I step, as ratios to {next(iter(results.models))}",
+        caption=escape(
+            f"{models_text(results)}\n{phases_text(results)}\n"
+            f"step time, kept bytes: of a phase-I step, as ratios to {next(iter(results.models))}"
+        ),
+        caption_justify="left",
     )
     table.add_column("model")
     for column in (*(phase_label(phase) for phase in PHASES), "step time", "kept bytes"):
