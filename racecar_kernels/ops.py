@@ -42,7 +42,10 @@ MaybeTensors = Sequence["Tensor | None"]
 
 
 class Inputs:
-    """The tensors of one call beside the segment that they belong to; cuts out what belongs to one layer."""
+    """The tensors of one call beside the segment that they belong to; cuts out what belongs to one layer.
+
+    The one place that names what the schema's `_TENSORS` holds: the implementations pass it on as it comes.
+    """
 
     def __init__(
         self, y: Tensor, targets: Tensors, weights: Tensors, biases: MaybeTensors, params: MaybeTensors, segment: str
@@ -51,6 +54,13 @@ class Inputs:
         self.y, self.targets, self.weights, self.biases, self.params = y, targets, weights, biases, params
         ends = list(accumulate(layer.tensors for layer in self.segment.layers))
         self.params_of = [params[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+    def check(self) -> None:
+        check(self.segment, self.y, self.targets, self.weights, self.biases, self.params)
+
+    def flat(self) -> list[Tensor | None]:
+        """Every tensor in the order of the schema."""
+        return [self.y, *self.targets, *self.weights, *self.biases, *self.params]
 
     def backend(self, i: int) -> Backend:
         return choose(Query(self.segment.layers[i], self.y.device.type, self.y.dtype), self.segment.backend)
@@ -83,18 +93,12 @@ def layout(y: Tensor, weight: Tensor) -> torch.memory_format:
 # ------------------------------------------------------------------------------------------- implementation
 
 
-def _forward(
-    y: Tensor,
-    targets: Tensors,
-    weights: Tensors,
-    biases: MaybeTensors,
-    params: MaybeTensors,
-    segment: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    inputs = Inputs(y, targets, weights, biases, params, segment)
-    check(inputs.segment, y, targets, weights, biases, params)
-    losses, kept, a = [], [], y
+def _forward(*call: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *tensors, keep = call
+    inputs = Inputs(*tensors)
+    inputs.check()
+    weights, targets, a = inputs.weights, inputs.targets, inputs.y
+    losses, kept = [], []
     with torch._C._DisableAutocast():  # `functional.autocast` has cast; inside, every dtype is what the schema says
         for i, weight in enumerate(weights):
             dense = layout(a, weight)
@@ -106,22 +110,12 @@ def _forward(
             elif keep:
                 kept.append(a if i + 1 < len(weights) else a.new_empty(0))
             del state, u
-        return a, torch.stack(losses).to(loss_dtype(y, *targets)), kept
+        return a, torch.stack(losses).to(loss_dtype(inputs.y, *targets)), kept
 
 
-def _backward(
-    grad_a: Tensor | None,
-    grad_losses: Tensor | None,
-    y: Tensor,
-    targets: Tensors,
-    weights: Tensors,
-    biases: MaybeTensors,
-    params: MaybeTensors,
-    segment: str,
-    kept: Tensors,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    inputs = Inputs(y, targets, weights, biases, params, segment)
+def _backward(grad_a: Tensor | None, grad_losses: Tensor | None, *call: Any) -> list[Tensor]:
+    *tensors, kept, needs = call
+    inputs = Inputs(*tensors)
     wanted = _Wanted(inputs, needs)
     n = len(inputs.segment.layers)
     states: list[State | None] = [None] * n
@@ -135,7 +129,7 @@ def _backward(
             state = states[i] or inputs.resume(i, kept[i])
             if i:  # its source is a of the layer above
                 states[i - 1] = above = states[i - 1] or inputs.resume(i - 1, kept[i - 1])
-            source = above.a if i else y
+            source = above.a if i else inputs.y
             c = None if twice is None else twice[i]
             result = inputs.backend(i).backward(inputs.call(i, source), state, grad_a, c, wanted.of(i))
             states[i] = None
@@ -193,42 +187,29 @@ def _like(g: Tensor, x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- fake
 
 
-def _fake_forward(
-    y: Tensor,
-    targets: Tensors,
-    weights: Tensors,
-    biases: MaybeTensors,
-    params: MaybeTensors,
-    segment: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    check(parse(segment), y, targets, weights, biases, params)
-    layers = parse(segment).layers
+def _fake_forward(*call: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *tensors, keep = call
+    inputs = Inputs(*tensors)
+    inputs.check()
+    y, layers = inputs.y, inputs.segment.layers
     source, results = y, []
-    for layer, target, weight in zip(layers, targets, weights, strict=True):
+    for layer, target, weight in zip(layers, inputs.targets, inputs.weights, strict=True):
         shape = layer.input_shape(tuple(target.shape))
         source = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=layout(source, weight))
         results.append(source)
     kept = results if keep else []
     if keep:
         kept = [*results[:-1], y.new_empty(0) if keeps_output(layers[-1]) else torch.empty_like(results[-1])]
-    return results[-1], y.new_empty(len(layers), dtype=loss_dtype(y, *targets)), kept
+    return results[-1], y.new_empty(len(layers), dtype=loss_dtype(y, *inputs.targets)), kept
 
 
-def _fake_backward(
-    grad_a: Tensor | None,
-    grad_losses: Tensor | None,
-    y: Tensor,
-    targets: Tensors,
-    weights: Tensors,
-    biases: MaybeTensors,
-    params: MaybeTensors,
-    segment: str,
-    kept: Tensors,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    inputs = [y, *targets, *weights, *biases, *params]
-    return [torch.empty_like(t) for t, needed in zip(inputs, needs, strict=True) if needed and t is not None]
+def _fake_backward(grad_a: Tensor | None, grad_losses: Tensor | None, *call: Any) -> list[Tensor]:
+    *tensors, _, needs = call
+    return [
+        torch.empty_like(t)
+        for t, needed in zip(Inputs(*tensors).flat(), needs, strict=True)
+        if needed and t is not None
+    ]
 
 
 # ------------------------------------------------------------------------------------------- autograd
@@ -337,21 +318,14 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _autograd(
-    y: Tensor,
-    targets: Tensors,
-    weights: Tensors,
-    biases: MaybeTensors,
-    params: MaybeTensors,
-    segment: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    flat = (y, *targets, *weights, *biases, *params)
+def _autograd(*call: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *tensors, keep = call
+    segment, flat = tensors[-1], Inputs(*tensors).flat()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat):
         a, losses = _ReverseLayers.apply(segment, keep, *flat)
         return a, losses, []  # what is kept belongs to the graph
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.racecar.reverse_layers(y, targets, weights, biases, params, segment, keep)
+        return torch.ops.racecar.reverse_layers(*call)
 
 
 def _unflatten(segment: str, flat: Sequence[Tensor | None]) -> tuple[Any, ...]:

@@ -12,6 +12,12 @@ from torch.nn import functional as F
 from racecar_kernels import describe
 
 
+def error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Norm-wise relative error over all tensors, in float64."""
+    off = sum((g.double() - w).square().sum() for g, w in zip(got, want, strict=True))
+    return (off / sum(w.square().sum() for w in want)).sqrt().item()
+
+
 def transposed(op: nn.Module, s: Tensor, shape: torch.Size) -> Tensor:
     """Wᵀ s: the vector-Jacobian product of the operation at any point (it is affine)."""
     at = s.new_zeros(shape, requires_grad=True)
@@ -31,7 +37,7 @@ def undo(pre: list[nn.Module], h: Tensor, shapes: list[torch.Size]) -> Tensor:
         dims = h.dim() - 2
         stride = module.stride if isinstance(module.stride, tuple) else (module.stride,) * dims
         for i in range(dims):
-            index = (torch.arange(shape[2 + i]) // stride[i]).clamp_max(h.shape[2 + i] - 1)
+            index = (torch.arange(shape[2 + i], device=h.device) // stride[i]).clamp_max(h.shape[2 + i] - 1)
             h = h.index_select(2 + i, index)
     return h
 
@@ -61,7 +67,7 @@ def reverse_layer(sample, reduction: str = "l2") -> tuple[Tensor, Tensor]:
     """a and the loss of one of `cases.py`'s samples."""
     target = sample.target
     shapes = shapes_through(sample.pre, target.shape)
-    full = sample.op(torch.zeros(shapes[-1], dtype=target.dtype)).shape
+    full = sample.op(target.new_zeros(shapes[-1])).shape
     y = undo(sample.undo, sample.y, shapes_through(sample.undo, full)[:-1])
     bias = sample.op.bias
     if bias is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import statistics
 
+import oracle
 import pytest
 import torch
 from cases import CASES, Case, Sample, make
@@ -44,16 +46,19 @@ def test_equals_the_cpu(case: Case, memory: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["conv", "batch norm, relu", "pooled, cut", "up-sampled", "source pooled"])
 def test_every_dtype_and_layout(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """Norm-wise over all results, against float64 on the same rounded tensors; a bound that a wrong result exceeds."""
+    """Norm-wise error of the gradients against float64, median of nine seeds: at most twice plain PyTorch's on CUDA."""
     case = next(c for c in CASES if c.name == name)
-    exact, sample = make(case), make(case, dtype, layout=layout)
-    for a, b in zip(exact.tensors, sample.tensors, strict=True):
-        a.data.copy_(b.data)
-    want, got = results(exact), results(to_cuda(sample))
-    error = sum((g - w).square().sum() for g, w in zip(got, want, strict=True))
-    error = (error / sum(w.square().sum() for w in want)).sqrt().item()
-    # TF32 convolutions round their inputs to 10 bits, bfloat16 to 7
-    assert error < {torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    our_errors, plain_errors = [], []
+    for seed in range(9):
+        exact, sample = make(case, seed=seed), to_cuda(make(case, dtype, seed=seed, layout=layout))
+        for a, b in zip(exact.tensors, sample.tensors, strict=True):
+            a.data.copy_(b.data)
+        want = torch.autograd.grad(oracle.reverse_layer(exact)[1], exact.tensors)
+        op = sample.op
+        _, loss = rk.reverse_layer(sample.y, sample.target, op.weight, op.bias, **sample.settings)
+        for errors, value in ((our_errors, loss), (plain_errors, oracle.reverse_layer(sample)[1])):
+            errors.append(oracle.error([g.cpu() for g in torch.autograd.grad(value, sample.tensors)], want))
+    assert statistics.median(our_errors) <= 2 * statistics.median(plain_errors)
 
 
 def network() -> tuple[nn.Sequential, Tensor]:

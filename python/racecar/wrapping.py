@@ -220,7 +220,7 @@ def _check_activation(module: object) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"input_activation must be a module such as nn.ReLU(), got {type(module).__name__}")
     parameters = any(True for _ in module.parameters())
-    if parameters or not (describe.is_a(module, describe.ACTIVATIONS)):
+    if parameters or not describe.is_a(module, describe.ACTIVATIONS):
         raise ValueError(
             f"input_activation must be an elementwise activation without parameters such as nn.Tanh(), got {module}"
         )
