@@ -23,13 +23,16 @@ constexpr int kActs = 7;
 enum class Type : int { float32, float64, bfloat16 };
 constexpr int kTypes = 3;
 
-// act(x * scale[c] + shift[c]), rounded to x's type. scale and shift are in the type that is computed in: double for
-// float64, else float. Without shift there is no affine; without scale it is 1.
+// act(x * scale[c] + shift[c]), rounded to x's type. scale, shift and mean are in the type that is computed in: double
+// for float64, else float. Without shift there is no affine; without scale it is 1. done: x holds the result already,
+// and the activation matters to gradients alone. mean: what is taken off x in the sum Σ g·(x - mean); null is 0.
 struct Lazy {
   const void *x;
   const void *scale;
   const void *shift;
+  const void *mean;
   Act act;
+  bool done;
   double p[3];
 };
 
@@ -56,19 +59,20 @@ struct Job {
   bool loss;          // whether c2 is given
   double c2;
   void *out, *out_pooled; // null where not wanted
-  const void *k[3];       // values per channel
-  double *partials;       // per block: two sums for every channel; sum_of_squares: one number
+  const void *k[4];       // values per channel
+  double *partials;       // per block: two sums for every channel
+  double *squares;        // per block: one number
 };
 
 using Kernel = void (*)(const Job &job, int64_t block, void *scratch);
 
 struct Kernels {
   Kernel sums;           // d.x, k[0] or null          -> partials: Σ (x - k0), Σ (x - k0)² (zeros without k0)
-  Kernel materialise;    // d                          -> out, out_pooled
-  Kernel sum_of_squares; // d, a                       -> partials: Σ (d - undo(a))²
-  Kernel grad_reverse;   // d, a, g, c2                -> out, with a.shift partials: Σ g, Σ g·x
-  Kernel grad_forward;   // d, a, g, pooled, c2        -> out, with d.shift partials: Σ g, Σ g·x
-  Kernel combine;        // g, d.x, k[0..2]            -> out = k0·g + k1·x + k2
+  Kernel materialise;    // d, k[0] or null            -> out = d - k0, out_pooled
+  Kernel sum_of_squares; // d, a, k[0] or null         -> squares: Σ (d - undo(a))²; out = a - k0 where wanted
+  Kernel grad_reverse;   // d, a, g, c2                -> out; partials, where wanted: Σ g, Σ g·(x - mean); squares
+  Kernel grad_forward;   // d, a, g, pooled, c2        -> out; partials, where wanted: Σ g, Σ g·(x - mean)
+  Kernel combine;        // g, d.x, k[0..3]            -> out = k0·g + k1·(x - k3) + k2
 };
 
 // One level of SIMD instructions: the same kernels, compiled for it.

@@ -64,16 +64,24 @@ inline const T *gather(const S *g, bool loss, T c2, int64_t n, T *into, F residu
   return into;
 }
 
-// Σ g and Σ g·x of a row.
+// Σ g and Σ g·(x - mean) of a row that begins at `first`.
 template <class S>
-inline void sum_gradient(ChannelSums<S> &to, const Grid &g, int64_t outer, int64_t n, const S *own, const S *x) {
+inline void sum_gradient(ChannelSums<S> &to, const Grid &g, int64_t outer, int64_t n, const S *own, Values<S> &of,
+                         int64_t first) {
   using T = typename Storage<S>::T;
   using Pair = typename ChannelSums<S>::template Pair<T>;
-  if (to.wanted)
-    to.add(g, outer, n, [=](int64_t i) {
+  if (!to.wanted)
+    return;
+  const S *const x = of.x + first;
+  if (!of.centred)
+    return to.add(g, outer, n, [=](int64_t i) {
       const T value = Storage<S>::load(own[i]);
       return Pair{value, value * Storage<S>::load(x[i])};
     });
+  to.add(g, outer, n, [=, mean = of.mean.at(g, outer)](int64_t i) {
+    const T value = Storage<S>::load(own[i]);
+    return Pair{value, value * (Storage<S>::load(x[i]) - mean[i])};
+  });
 }
 
 template <class S> void sums(const Job &job, int64_t block, void *scratch) {
@@ -105,6 +113,7 @@ template <class S> void materialise(const Job &job, int64_t block, void *scratch
   const Grid &g = job.grid;
   Arena arena{static_cast<char *>(scratch)};
   Values<S> d(job.d, g, arena);
+  Spread<T> minus(job.k[0], g, arena);
   T *const row = arena.take<T>(g.row), *const largest = arena.take<T>(g.row);
   each_tile(g, block, [&](const Tile &t) {
     const int64_t n = t.columns * g.inner;
@@ -113,10 +122,12 @@ template <class S> void materialise(const Job &job, int64_t block, void *scratch
       S *const out = job.out ? static_cast<S *>(job.out) + first : nullptr;
       T *const into = out ? target(out, row) : row;
       const T *const values = d.row(g, t.outer, first, n, into);
-      if (out && (into == row || values != into))
-        each(n, [=](int64_t i) { out[i] = Store::store(values[i]); });
       if (job.out_pooled && r < g.kh)
         pool_row(g, t, r, values, largest);
+      if (out && job.k[0])
+        each(n, [=, off = minus.at(g, t.outer)](int64_t i) { out[i] = Store::store(values[i] - off[i]); });
+      else if (out && (into == row || values != into))
+        each(n, [=](int64_t i) { out[i] = Store::store(values[i]); });
     }
     if (job.out_pooled)
       each(t.windows * g.inner,
@@ -124,51 +135,74 @@ template <class S> void materialise(const Job &job, int64_t block, void *scratch
   });
 }
 
-// Adds n numbers up in double, and sets them to 0.
-template <class T> inline double drain(T *row, int64_t n) {
+// Σ off² of rows: a few of them on top of each other before they are summed in double.
+template <class T> struct Squares {
+  static constexpr int few = 16;
+  T *const row;
+  const int64_t n;
   double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i)
-    total += static_cast<double>(row[i]);
-  each(n, [=](int64_t i) { row[i] = 0; });
-  return total;
-}
+  int rows = 0;
+
+  Squares(const Grid &g, Arena &arena) : row(arena.take<T>(g.row)), n(g.row) {
+    each(n, [to = row](int64_t i) { to[i] = 0; });
+  }
+
+  void next() {
+    if (++rows % few == 0)
+      drain();
+  }
+
+  double drain() {
+    double sum = 0;
+    T *const from = row;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i)
+      sum += static_cast<double>(from[i]);
+    each(n, [=](int64_t i) { from[i] = 0; });
+    return total += sum;
+  }
+};
 
 template <class S> void sum_of_squares(const Job &job, int64_t block, void *scratch) {
-  using T = typename Storage<S>::T;
-  constexpr int few = 16; // squares on top of each other before they are summed in double
+  using Store = Storage<S>;
+  using T = typename Store::T;
   const Grid &g = job.grid;
   Arena arena{static_cast<char *>(scratch)};
   Values<S> d(job.d, g, arena), a(job.a, g, arena);
-  T *const d_row = arena.take<T>(g.row), *const a_row = arena.take<T>(g.row), *const wide = arena.take<T>(g.row),
-           *const squares = arena.take<T>(g.row);
-  each(g.row, [=](int64_t i) { squares[i] = 0; });
-  double total = 0;
-  int rows = 0;
+  Spread<T> minus(job.k[0], g, arena);
+  T *const d_row = arena.take<T>(g.row), *const a_row = arena.take<T>(g.row), *const wide = arena.take<T>(g.row);
+  Squares<T> squares(g, arena);
   each_tile(g, block, [&](const Tile &t) {
     const int64_t n = t.columns * g.inner;
-    prefetch_behind(a.x + t.small, t.windows * g.inner);
-    const T *const small = a.row(g, t.outer, t.small, t.windows * g.inner, a_row);
+    const int64_t few = t.windows * g.inner;
+    prefetch_behind(a.x + t.small, few);
+    const T *const small = a.row(g, t.outer, t.small, few, a_row);
     const T *const undone = undo_row(g, t, small, wide);
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t first = t.full + r * g.width * g.inner;
       prefetch_behind(d.x + first, n);
       const T *const values = d.row(g, t.outer, first, n, d_row);
-      each(n, [=](int64_t i) {
+      each(n, [=, to = squares.row](int64_t i) {
         const T off = values[i] - undone[i];
-        squares[i] = muladd(off, off, squares[i]);
+        to[i] = muladd(off, off, to[i]);
       });
-      if (++rows % few == 0)
-        total += drain(squares, g.row);
+      squares.next();
     }
+    if (!job.out)
+      return;
+    S *const out = static_cast<S *>(job.out) + t.small;
+    if (job.k[0])
+      each(few, [=, off = minus.at(g, t.outer)](int64_t i) { out[i] = Store::store(small[i] - off[i]); });
+    else
+      each(few, [=](int64_t i) { out[i] = Store::store(small[i]); });
   });
-  job.partials[block] = total + drain(squares, g.row);
+  job.squares[block] = squares.drain();
 }
 
-// Σ over every window of (undo(a) - d), from all rows of a tile.
+// Σ over every window of (undo(a) - d), from all rows of a tile; their squares too, where those are wanted.
 template <class S, class T = typename Storage<S>::T>
 inline const T *window_residual(const Grid &g, const Tile &t, Values<S> &d, const T *a, T *d_row, T *wide, T *column,
-                                T *into) {
+                                T *into, Squares<T> *squares) {
   const int64_t n = t.columns * g.inner;
   const T *const undone = undo_row(g, t, a, wide);
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -179,6 +213,13 @@ inline const T *window_residual(const Grid &g, const Tile &t, Values<S> &d, cons
       each(n, [=](int64_t i) { column[i] = undone[i] - values[i]; });
     else
       each(n, [=](int64_t i) { column[i] += undone[i] - values[i]; });
+    if (!squares)
+      continue;
+    each(n, [=, to = squares->row](int64_t i) {
+      const T off = values[i] - undone[i];
+      to[i] = muladd(off, off, to[i]);
+    });
+    squares->next();
   }
   if (g.kw == 1)
     return column;
@@ -197,19 +238,24 @@ template <class S> void grad_reverse(const Job &job, int64_t block, void *scratc
   ChannelSums<S> total(job, block, arena);
   T *const d_row = arena.take<T>(g.row), *const a_row = arena.take<T>(g.row), *const wide = arena.take<T>(g.row),
            *const column = arena.take<T>(g.row), *const window = arena.take<T>(g.row);
+  Squares<T> squares(g, arena);
   each_tile(g, block, [&](const Tile &t) {
     const int64_t n = t.windows * g.inner;
     prefetch_behind(a.x + t.small, n);
     const T *const values = a.row(g, t.outer, t.small, n, a_row);
-    const T *const residual = job.loss ? window_residual(g, t, d, values, d_row, wide, column, window) : nullptr;
+    const T *const residual =
+        job.loss ? window_residual(g, t, d, values, d_row, wide, column, window, job.squares ? &squares : nullptr)
+                 : nullptr;
     const T c2 = static_cast<T>(job.c2);
     const S *const incoming = job.g ? static_cast<const S *>(job.g) + t.small : nullptr;
     S *const out = static_cast<S *>(job.out) + t.small;
     const T *const sum = gather(incoming, job.loss, c2, n, window, [=](int64_t i) { return residual[i]; });
     a.differentiate_row(sum, values, n, out);
-    sum_gradient(total, g, t.outer, n, out, a.x + t.small);
+    sum_gradient(total, g, t.outer, n, out, a, t.small);
   });
   total.finish(g);
+  if (job.squares)
+    job.squares[block] = squares.drain();
 }
 
 template <class S> void grad_forward(const Job &job, int64_t block, void *scratch) {
@@ -255,7 +301,7 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
       }
       S *const out = static_cast<S *>(job.out) + first;
       d.differentiate_row(gathered, values[r], n, out);
-      sum_gradient(total, g, t.outer, n, out, d.x + first);
+      sum_gradient(total, g, t.outer, n, out, d, first);
     }
   });
   total.finish(g);
@@ -266,12 +312,14 @@ template <class S> void combine(const Job &job, int64_t block, void *scratch) {
   using T = typename Store::T;
   const Grid &g = job.grid;
   Arena arena{static_cast<char *>(scratch)};
-  Spread<T> k0(job.k[0], g, arena), k1(job.k[1], g, arena), k2(job.k[2], g, arena);
+  Spread<T> k0(job.k[0], g, arena), k1(job.k[1], g, arena), k2(job.k[2], g, arena), k3(job.k[3], g, arena);
   each_tile(g, block, [&](const Tile &t) {
-    const T *const by = k0.at(g, t.outer), *const by_x = k1.at(g, t.outer), *const plus = k2.at(g, t.outer);
+    const T *const by = k0.at(g, t.outer), *const by_x = k1.at(g, t.outer), *const plus = k2.at(g, t.outer),
+                   *const mean = k3.at(g, t.outer);
     const S *const x = static_cast<const S *>(job.d.x) + t.full, *const from = static_cast<const S *>(job.g) + t.full;
     each(t.columns * g.inner, [=, out = static_cast<S *>(job.out) + t.full](int64_t i) {
-      out[i] = Store::store(muladd(by[i], Store::load(from[i]), muladd(by_x[i], Store::load(x[i]), plus[i])));
+      const T off = Store::load(x[i]) - mean[i];
+      out[i] = Store::store(muladd(by[i], Store::load(from[i]), muladd(by_x[i], off, plus[i])));
     });
   });
 }

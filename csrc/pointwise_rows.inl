@@ -128,21 +128,22 @@ RACECAR_INLINE float *target(bf16 *, float *row) { return row; }
 template <class S> struct Values {
   using T = typename Storage<S>::T;
   const S *x;
-  bool affine;
+  bool affine, done, centred;
   Act act;
   Params<T> p;
-  Spread<T> scale, shift;
+  Spread<T> scale, shift, mean;
 
   Values(const Lazy &lazy, const Grid &g, Arena &arena)
-      : x(static_cast<const S *>(lazy.x)), affine(lazy.shift != nullptr), act(lazy.act),
+      : x(static_cast<const S *>(lazy.x)), affine(lazy.shift != nullptr), done(lazy.done),
+        centred(lazy.mean != nullptr), act(lazy.act),
         p{static_cast<T>(lazy.p[0]), static_cast<T>(lazy.p[1]), static_cast<T>(lazy.p[2])}, scale(lazy.scale, g, arena),
-        shift(lazy.shift, g, arena) {}
+        shift(lazy.shift, g, arena), mean(lazy.mean, g, arena) {}
 
   // n elements from `first` on: in `into`, or where they are if there is nothing to compute.
   const T *row(const Grid &g, int64_t outer, int64_t first, int64_t n, T *into) {
     using Store = Storage<S>;
     const S *const from = x + first;
-    if (!affine && act == Act::identity)
+    if (done || (!affine && act == Act::identity))
       return load(from, n, into);
     const T *const by = affine ? scale.at(g, outer) : nullptr, *const plus = affine ? shift.at(g, outer) : nullptr;
     with_constant(act, [=, p = p, affine = affine](auto tag) {

@@ -7,6 +7,7 @@ Schema, fake implementation and autograd; the mathematics is in `chain.py`. What
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from . import chain as mathematics
-from .chain import measures
+from . import chain_backward, phi
 from .layer import parse_chain
 from .ops import _LIB, _like, _NoSecondDerivative, loss_dtype
 
@@ -29,9 +30,10 @@ _LIB.define(
     tags=_TAGS,
 )
 # gradients in the order of the inputs, without those that `needs` leaves out; then the losses, if they were found here
+# `reverse` holds one tensor per layer, then the statistics that the norms in the reverse took
 _LIB.define(
-    f"tied_chain_backward(Tensor? grad_out, Tensor? grad_losses, {_TENSORS}, Tensor out, Tensor[] forward,"
-    " Tensor[] reverse, str chain, bool[] needs) -> Tensor[]",
+    f"tied_chain_backward(Tensor? grad_out, Tensor? grad_losses, {_TENSORS}, Tensor out, Tensor[] stats,"
+    " Tensor[] forward, Tensor[] reverse, str chain, bool[] needs) -> Tensor[]",
     tags=_TAGS,
 )
 
@@ -45,25 +47,28 @@ def _forward(
     dense = _layouts(tied)
     kept = [t.contiguous(memory_format=like) for t, like in zip(ran.forward, dense, strict=True)]
     out = ran.out.contiguous(memory_format=dense[-1])
-    if mathematics.keeps_result(tied.chain.latent(len(weights) - 1)):
+    if mathematics.keeps_result(tied.chain, len(weights) - 1):
         kept[-1] = out.new_empty(0)
-    back = [t.contiguous(memory_format=like) for t, like in zip(ran.reverse, _back_layouts(tied), strict=False)]
+    back = [_laid_out(t, like) for t, like in zip_longest(ran.reverse, _back_layouts(tied))] if ran.reverse else []
     return out, ran.losses, ran.stats, kept, back
 
 
+def _laid_out(t: Tensor, like: torch.memory_format | None) -> Tensor:
+    return t if like is None or t.numel() == 0 else t.contiguous(memory_format=like)
+
+
 def _backward(grad_out: Tensor | None, grad_losses: Tensor | None, *call: Any) -> list[Tensor]:
-    x, weights, biases, params, out, kept, back, text, needs = call
+    x, weights, biases, params, out, stats, kept, back, text, needs = call
     tied = mathematics.Tied(parse_chain(text), x, weights, biases, params)
     kept = [out if k.numel() == 0 else k for k in kept]
     n = len(weights)
+    wanted = chain_backward.Needs(needs[0], needs[1 : 1 + n], needs[1 + n : 1 + 2 * n])
     with torch._C._DisableAutocast():
-        grads = mathematics.Backward(tied, out, kept, back).run(
-            grad_out, grad_losses, needs_x=needs[0], needs_w=needs[1 : 1 + n]
-        )
+        grads = chain_backward.Backward(tied, out, stats, kept, back).run(grad_out, grad_losses, wanted)
     flat = zip([x, *weights, *biases, *params], [grads.x, *grads.weights, *grads.biases, *grads.params], strict=True)
-    wanted = [(t, g) for (t, g), needed in zip(flat, needs, strict=True) if needed and t is not None]
+    asked = [(t, g) for (t, g), needed in zip(flat, needs, strict=True) if needed and t is not None]
     found = grads.losses if grads.losses is not None else x.new_empty(0, dtype=loss_dtype(x))
-    return [*(torch.zeros_like(t) if g is None else _like(g, t) for t, g in wanted), found.to(loss_dtype(x))]
+    return [*(torch.zeros_like(t) if g is None else _like(g, t) for t, g in asked), found.to(loss_dtype(x))]
 
 
 def _layouts(tied: mathematics.Tied) -> list[torch.memory_format]:
@@ -114,8 +119,8 @@ class TiedChain(torch.autograd.Function):
     def forward(ctx: Any, chain: str, memory: str, report: ChainReport | None, n: int, *flat: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             out, losses, stats, kept, back = torch.ops.racecar.tied_chain(*_split(flat, n), chain, memory)
-        ctx.chain, ctx.report, ctx.n, ctx.inputs, ctx.kept = chain, report, n, len(flat), len(kept)
-        ctx.save_for_backward(*flat, out, *kept, *back)
+        ctx.chain, ctx.report, ctx.n, ctx.counts = chain, report, n, (len(flat), len(stats), len(kept))
+        ctx.save_for_backward(*flat, out, *stats, *kept, *back)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
         return out, losses, *stats
@@ -125,11 +130,11 @@ class TiedChain(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[4:])
         if grad_out is None and grad_losses is None:
             return (None,) * (4 + len(needs))
-        saved = ctx.saved_tensors
-        flat, out, rest = saved[: ctx.inputs], saved[ctx.inputs], saved[ctx.inputs + 1 :]
+        saved = iter(ctx.saved_tensors)
+        flat, (out,), stats, kept = (list(islice(saved, n)) for n in (ctx.counts[0], 1, *ctx.counts[1:]))
         with torch.no_grad():
             *grads, losses = torch.ops.racecar.tied_chain_backward(
-                grad_out, grad_losses, *_split(flat, ctx.n), out, rest[: ctx.kept], rest[ctx.kept :], ctx.chain, needs
+                grad_out, grad_losses, *_split(flat, ctx.n), out, stats, kept, list(saved), ctx.chain, needs
             )
         if ctx.report is not None and losses.numel():
             ctx.report.losses = losses
@@ -154,25 +159,38 @@ def _fake_forward(
     x: Tensor, weights: list[Tensor], biases: Any, params: Any, chain: str, memory: str
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     tied = mathematics.Tied(parse_chain(chain), x, weights, biases, params)
-    kept, back, stats = [], [], []
+    kept, back, stats, back_stats = [], [], [], []
     shape = tuple(x.shape)
     for m, (layer, form, other) in enumerate(zip(tied.chain.layers, _layouts(tied), _back_layouts(tied), strict=True)):
         seen = layer.input_shape(shape)
         shape = layer.output_shape(shape, tuple(weights[m].shape))
         kept.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form))
-        back.append(torch.empty(seen, dtype=x.dtype, device=x.device, memory_format=other))
-        channels = shape[1] if len(shape) > 1 else shape[-1]
+        reverses = tied.chain.reverses(m)
+        back.append(
+            torch.empty(
+                seen if reverses else 0,
+                dtype=x.dtype,
+                device=x.device,
+                memory_format=other if reverses else torch.contiguous_format,
+            )
+        )
         wide = loss_dtype(x)
-        stats += [x.new_empty(channels, dtype=wide) for step in tied.chain.latent(m) if measures(step) for _ in "mr"]
+        stats += [x.new_empty(_channels(shape), dtype=wide) for _ in range(phi.measured(tied.chain.latent(m)))]
+        count = mathematics.reverse_stats_count(tied.chain, m)
+        back_stats += [x.new_empty(_channels(seen), dtype=wide) for _ in range(count)]
     out = torch.empty_like(kept[-1])
-    if mathematics.keeps_result(tied.chain.latent(len(weights) - 1)):
+    if mathematics.keeps_result(tied.chain, len(weights) - 1):
         kept[-1] = x.new_empty(0)
     losses = x.new_empty(len(weights), dtype=loss_dtype(x))
-    return out, losses, stats, kept, back if memory == "store" else []
+    return out, losses, stats, kept, [*back, *back_stats] if memory == "store" else []
+
+
+def _channels(shape: tuple[int, ...]) -> int:
+    return shape[1] if len(shape) > 1 else shape[-1]
 
 
 def _fake_backward(grad_out: Tensor | None, grad_losses: Tensor | None, *call: Any) -> list[Tensor]:
-    x, weights, biases, params, _, _, back, text, needs = call
+    x, weights, biases, params, _, _, _, back, text, needs = call
     chain = parse_chain(text)
     flat = [x, *weights, *biases, *params]
     found = len(weights) if grad_losses is not None and not back and not chain.full else 0

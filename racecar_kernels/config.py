@@ -15,11 +15,12 @@ def show_config() -> str:
     from . import __version__, extension
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    reason = extension.why_not()
+    module, reason = extension.load(), extension.why_not()
+    state = reason if module is None else f"loaded, {module.simd_level()} instructions"
     lines = [
         f"racecar-kernels {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}",
         f"threads {torch.get_num_threads()}, GPU {gpu}",
-        f"compiled extension: {'loaded' if reason is None else reason}",
+        f"compiled extension: {state}",
         "backends, in order of preference:",
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"

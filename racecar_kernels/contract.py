@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .activations import TABLE
@@ -43,6 +44,14 @@ class Needs(NamedTuple):
     target: bool = True
     weight: bool = True
     bias: bool = True
+
+
+class Query(NamedTuple):
+    """What a backend is asked to serve."""
+
+    layer: Layer
+    device: str
+    dtype: torch.dtype
 
 
 @dataclass

@@ -23,6 +23,7 @@ def load() -> ModuleType | None:
     return _found()[0]
 
 
+@torch.compiler.assume_constant_result  # so that torch.compile need not trace an import
 def why_not() -> str | None:
     """None where the extension is in use, else a sentence that says what failed and how to rebuild it."""
     return _found()[1]

@@ -14,9 +14,11 @@ All are the same linear map; at 3x3 and f = 2 the folded forms multiply 2.25 tim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +55,16 @@ def forward(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints | N
     return plain(s, fold(weight, factor), replace(tied, stride=factor), shape)
 
 
+class Pair(NamedTuple):
+    """What the operation read and the gradient of what it gave: the weight's gradient is bilinear in them.
+
+    In reverse they are the gradient of u = Wᵀ s, and s.
+    """
+
+    read: Tensor
+    grad: Tensor
+
+
 def backward(
     g: Tensor,
     s: Tensor,
@@ -64,24 +76,49 @@ def backward(
     needs_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of s and of the weight from g = ∂/∂u. With `factor`, both sums over the repetition are included."""
+    # the weight's first: a library reorders s for it, and the gradient of s need not be there yet
+    grad_w = weight_gradient([Pair(g, s)], weight, tied, factor) if needs_weight else None
+    return source_gradient(g, weight, tied, factor) if needs_source else None, grad_w
+
+
+def source_gradient(g: Tensor, weight: Tensor, tied: Tied, factor: Ints | None = None) -> Tensor:
+    """∂/∂s from g = ∂/∂u: the operation itself, without its bias."""
     if tied.dims == 0:
-        grad_s = F.linear(g, weight) if needs_source else None
-        grad_w = s.reshape(-1, s.shape[-1]).t() @ g.reshape(-1, g.shape[-1]) if needs_weight else None
-        return grad_s, grad_w
+        return F.linear(g, weight)
     if factor is not None:
-        folded = fold(weight, factor)
-        wide = replace(tied, stride=factor)
-        grad_s, grad_w = backward(g, s, folded, wide, needs_source=needs_source, needs_weight=needs_weight)
-        return grad_s, None if grad_w is None else fold_adjoint(grad_w, factor)
+        weight, tied = fold(weight, factor), replace(tied, stride=factor)
     g, padding = padded(g, tied)
-    dims = tied.dims
-    grad_s = grad_w = None
-    if needs_weight:  # first: a library reorders s for it, and the gradient of s need not be there yet
-        settings = (None, tied.stride, padding, tied.dilation, False, (0,) * dims, tied.groups)
-        grad_w = aten.convolution_backward(s, g, weight, *settings, (False, True, False))[1]
-    if needs_source:
-        grad_s = CONV[dims](g, weight, None, tied.stride, padding, tied.dilation, tied.groups)
-    return grad_s, grad_w
+    return CONV[tied.dims](g, weight, None, tied.stride, padding, tied.dilation, tied.groups)
+
+
+def weight_gradient(pairs: Sequence[Pair], weight: Tensor, tied: Tied, factor: Ints | None = None) -> Tensor:
+    """∂/∂W, the sum of what every pair gives, as one product: one pass over the weight instead of several."""
+    if tied.dims == 0:
+        first, *rest = pairs
+        out = torch.mm(first.grad.reshape(-1, first.grad.shape[-1]).t(), first.read.reshape(-1, first.read.shape[-1]))
+        for pair in rest:
+            add_product_(out, pair)
+        return out
+    if factor is not None:
+        folded = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(
+            *weight.shape[:2], *(k + f - 1 for k, f in zip(weight.shape[2:], factor, strict=True))
+        )
+        return fold_adjoint(weight_gradient(pairs, folded, replace(tied, stride=factor)), factor)
+    read, grad = pairs[0] if len(pairs) == 1 else (torch.cat([p[i] for p in pairs]) for i in (0, 1))
+    read, padding = padded(read, tied)
+    settings = (None, tied.stride, padding, tied.dilation, False, (0,) * tied.dims, tied.groups)
+    found: Tensor = aten.convolution_backward(grad, read, weight, *settings, (False, True, False))[1]
+    return found
+
+
+def add_product_(out: Tensor, pair: Pair) -> None:
+    """out += the gradient of a linear layer's weight."""
+    out.addmm_(pair.grad.reshape(-1, pair.grad.shape[-1]).t(), pair.read.reshape(-1, pair.read.shape[-1]))
+
+
+def joining_pays(weight: Tensor, pair: Pair) -> bool:
+    """Whether two pairs of this size are better multiplied together: where the weight is what there is most of."""
+    return weight.dim() > 2 and weight.numel() > pair.read.numel() + pair.grad.numel()
 
 
 def can_fold(tied: Tied) -> bool:
@@ -89,14 +126,14 @@ def can_fold(tied: Tied) -> bool:
     return tied.dims > 0 and tied.padding_mode == "zeros" and max(tied.stride) == 1 and max(tied.dilation) == 1
 
 
-def folding_pays(source: Tensor, weight: Tensor, factor: Ints) -> bool:
+def folding_pays(source: Ints, weight: Tensor, factor: Ints) -> bool:
     """Whether multiplying less outweighs folding the weight, which is paid once however many pixels there are.
 
     The bounds here and in `polyphase_pays` are what `python -m bench.forms` measured on a CPU in float32.
     """
     plain = prod(f * k for f, k in zip(factor, weight.shape[2:], strict=True))
     folded = prod(k + f - 1 for f, k in zip(factor, weight.shape[2:], strict=True))
-    pixels = source.numel() // source.shape[1]
+    pixels = prod(source) // source[1]
     return folded < 0.8 * plain and pixels >= 384
 
 

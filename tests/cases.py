@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import racecar_kernels as rk
+
 
 @dataclass(frozen=True)
 class Case:
@@ -47,6 +49,11 @@ def _up(factor: int | tuple[int, ...]) -> Callable[[], list[nn.Module]]:
 def _relu() -> list[nn.Module]:
     return [nn.ReLU()]
 
+
+# Those that work here: an installation without the extension has one less.
+BACKENDS = [
+    name for name in rk.backends() if rk.why_not(name, rk.Query(rk.Layer(rk.Tied()), "cpu", torch.float32)) is None
+]
 
 CASES = [
     _case("linear", (5, 4), lambda: nn.Linear(4, 3), latent=lambda: [nn.Tanh()]),

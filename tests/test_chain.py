@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import BACKENDS
 from chains import CHAINS, Sample, make
 
 import racecar_kernels as rk
@@ -50,15 +51,17 @@ def total(out: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @each_way
 @each_chain
-def test_equals_its_definition(name, variant, memory, last):
+def test_equals_its_definition(name, variant, memory, backend, last):
     sample = make(name, last=last)
     want_out, want_losses = by_definition(sample, variant)
     want = torch.autograd.grad(total(want_out, want_losses), sample.tensors)
     sample = make(name, last=last)
     report = rk.ChainReport()
-    out, losses = rk.tied_chain(*sample.arguments, last=sample.last, variant=variant, memory=memory, report=report)
+    settings = dict(variant=variant, memory=memory, backend=backend)
+    out, losses = rk.tied_chain(*sample.arguments, last=sample.last, report=report, **settings)
     torch.testing.assert_close(out, want_out)
     assert out.stride() == want_out.stride()
     got = torch.autograd.grad(total(out, losses), sample.tensors)

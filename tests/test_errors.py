@@ -123,14 +123,16 @@ def test_modules_with_another_forward_are_not_taken_for_their_base() -> None:
 
 
 def test_backends_say_what_they_are(monkeypatch) -> None:
-    assert rk.backends() == ("reference",)
+    assert rk.backends() == ("cpp", "reference")
     query = rk.Query(rk.Layer(rk.Tied()), "cpu", torch.float32)
     assert rk.why_not("reference", query) is None
+    assert "run on the CPU, got tensors on cuda" in rk.why_not("cpp", query._replace(device="cuda"))
+    assert "serve torch.float32" in rk.why_not("cpp", query._replace(dtype=torch.float16))
     with pytest.raises(ValueError, match="there is no backend 'abacus'"):
         rk.why_not("abacus", query)
     text = rk.show_config()
     assert torch.__version__ in text and "reference" in text and "compiled extension" in text
-    picky = Backend("picky", "for the test", lambda q: "it only serves Tuesdays", *[None] * 3)
+    picky = Backend("picky", "for the test", lambda q: "it only serves Tuesdays", *[None] * 4)
     monkeypatch.setattr(sys.modules["racecar_kernels.backends"], "TABLE", (picky, *TABLE))
     layer()  # the next one in the table serves it
     with pytest.raises(ValueError, match="'picky' cannot serve this layer: it only serves Tuesdays"):

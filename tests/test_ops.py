@@ -7,7 +7,7 @@ import statistics
 import oracle
 import pytest
 import torch
-from cases import CASES, Case, Sample, make
+from cases import BACKENDS, CASES, Case, Sample, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from racecar_kernels.layer import Segment, Tied, parse
 
 BY_NAME = {case.name: case for case in CASES}
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 REDUCTIONS = ("l2", "sum", "mean")
 
 
@@ -38,12 +39,14 @@ def seeded(a: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("memory", ["store", "recompute"])
+@each_backend
+@pytest.mark.parametrize("layout", [None, torch.channels_last], ids=["contiguous", "channels_last"])
 @each_case
-def test_equals_its_definition(case: Case, memory: str) -> None:
-    sample = make(case)
+def test_equals_its_definition(case: Case, layout, backend: str, memory: str) -> None:
+    sample = make(case, layout=layout if len(case.shape) == 4 else None)
     reduction = REDUCTIONS[len(case.name) % 3]
     want_a, want_loss = oracle.reverse_layer(sample, reduction)
-    a, loss = ours(sample, reduction=reduction, memory=memory)
+    a, loss = ours(sample, reduction=reduction, memory=memory, backend=backend)
     torch.testing.assert_close(a, want_a)
     torch.testing.assert_close(loss, want_loss)
     wanted = gradients(want_a, want_loss, sample.tensors)
@@ -51,11 +54,12 @@ def test_equals_its_definition(case: Case, memory: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
+@each_backend
 @each_case
-def test_the_loss_alone_has_the_right_gradient(case: Case) -> None:
+def test_the_loss_alone_has_the_right_gradient(case: Case, backend: str) -> None:
     sample = make(case, seed=1)
     wanted = torch.autograd.grad(oracle.reverse_layer(sample)[1], sample.tensors)
-    for got, want in zip(torch.autograd.grad(ours(sample)[1], sample.tensors), wanted, strict=True):
+    for got, want in zip(torch.autograd.grad(ours(sample, backend=backend)[1], sample.tensors), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
@@ -121,8 +125,10 @@ def test_opcheck(name: str, layout: str) -> None:
         target = target.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     segment, params = describe_sample(sample)
     tensors = (y, [target], [sample.op.weight], [sample.op.bias], params)
+    # opcheck adds all results up, and that sum's gradient cancels in a norm: what is left there is rounding
+    tolerance = dict(rtol=1.3e-6, atol=1e-4 if "norm" in name else 1e-5)
     for keep in (True, False):
-        torch.library.opcheck(torch.ops.racecar.reverse_layers.default, (*tensors, str(segment), keep))
+        torch.library.opcheck(torch.ops.racecar.reverse_layers.default, (*tensors, str(segment), keep), **tolerance)
 
 
 def describe_sample(sample: Sample) -> tuple[Segment, list[Tensor | None]]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from racecar_kernels import extension, pointwise
-from racecar_kernels.pointwise import Lazy, Window
+from racecar_kernels.pointwise import BatchNorm, Lazy, Window
 
 C = extension.load()
 LEVELS = C.simd_levels() if C is not None else ["none"]
+TENSORS = ("x", "scale", "shift", "mean")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # celu's alpha is a power of 2: PyTorch's own backward rounds 1 / alpha to float32, whatever the type.
 # Windows that divide and that leave rests, channels around the widths of registers, one pixel, one image, matrices.
@@ -61,7 +62,10 @@ class Sample:
 
     def double(self) -> Sample:
         return Sample(
-            *(Lazy(*(t if t is None else t.double() for t in lazy[:3]), *lazy[3:]) for lazy in (self.d, self.a)),
+            *(
+                lazy._replace(**{n: t if (t := getattr(lazy, n)) is None else t.double() for n in TENSORS})
+                for lazy in (self.d, self.a)
+            ),
             self.window,
             self.g_full.double(),
             self.g_small.double(),
@@ -85,36 +89,62 @@ def make(shape, window=None, dtype=torch.float64, layout="channels_last", act=("
         return v.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
     def lazy(size):
-        return Lazy(random(size, 0.3), *((per_channel(), per_channel() - 1) if affine else (None, None)), *act)
+        if not affine:
+            return Lazy(random(size, 0.3), None, None, *act)
+        return Lazy(random(size, 0.3), per_channel(), per_channel() - 1, *act, mean=per_channel() - 1)
 
     c2 = torch.tensor(0.7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    k = [per_channel() for _ in range(3)]
+    k = [per_channel() for _ in range(4)]
     return Sample(lazy(shape), lazy(small), window, random(shape), random(small), c2, k)
 
 
 def functions(ref: bool):
     """Every function of a sample, as a list of the tensors that it gives."""
     p = {name: getattr(pointwise, name + "_ref" * ref) for name in (
-        "channel_stats", "channel_sum", "subtract_bias", "materialise", "sum_of_squares", "grad_reverse",
+        "channel_stats", "channel_sum", "batch_norm", "materialise", "sum_of_squares", "compare", "grad_reverse",
         "grad_forward")}  # fmt: skip
     combine = pointwise.norm_input_grad_ref_ if ref else pointwise.norm_input_grad_
+    through_norm = pointwise.batch_norm_backward_ref_ if ref else pointwise.batch_norm_backward_
 
-    def reverse(loss=True, incoming=True):
-        return lambda s: given(
-            p["grad_reverse"](s.d, s.a, s.window, s.c2 if loss else None, s.g_small.clone() if incoming else None)
-        )
+    def reverse(loss=True, incoming=True, **wanted):
+        return lambda s: given(p["grad_reverse"](
+            s.d, s.a, s.window, s.c2 if loss else None, s.g_small.clone() if incoming else None, **wanted,
+        ))  # fmt: skip
 
-    def forward(loss=True, pooled=True, full=True):
+    def forward(loss=True, pooled=True, full=True, **wanted):
         return lambda s: given(p["grad_forward"](
             s.d, s.a if loss else None, s.window, s.c2 if loss else None,
-            s.g_small if pooled else None, s.g_full if full else None,
+            s.g_small if pooled else None, s.g_full if full else None, **wanted,
         ))  # fmt: skip
+
+    def done(lazy):  # the same numbers, taken for what the activation gave
+        return lazy._replace(x=lazy.x.sigmoid() - 0.5, scale=None, shift=None, done=True)
 
     return {
         "channel_stats": lambda s: given(p["channel_stats"](s.d.x)),
         "channel_sum": lambda s: [p["channel_sum"](s.d.x)],
-        "subtract_bias": lambda s: [p["subtract_bias"](s.d.x, s.k[0])],
-        "subtract_bias, in place": lambda s: [p["subtract_bias"](y := s.d.x.clone(), s.k[0], out=y)],
+        "batch_norm": lambda s: given(p["batch_norm"](s.d.x, s.k[0], s.k[1], 0.1)),
+        "batch_norm without affine": lambda s: given(p["batch_norm"](s.d.x, None, None, 0.1)),
+        "batch_norm_backward_": lambda s: [
+            through_norm(s.g_full.clone(), s.d.x, BatchNorm(s.k[0], s.k[1], s.k[2], s.k[3]), s.k[3] * 9, s.k[2] * 7)
+        ],
+        "materialise, minus": lambda s: given(
+            p["materialise"](s.d, s.window, pooled=s.window is not None, minus=s.k[0])
+        ),
+        "materialise, minus, in place": lambda s: given(
+            p["materialise"](Lazy(s.d.x.clone()), in_place=True, minus=s.k[0])
+        ),
+        "compare": lambda s: given(p["compare"](s.d, s.a, s.window)),
+        "compare, minus": lambda s: given(p["compare"](s.d, s.a, s.window, minus=s.k[0])),
+        "compare, done": lambda s: given(p["compare"](done(s.d), done(s.a), s.window, minus=s.k[0])),
+        "grad_reverse with everything": reverse(sums=True, loss=True),
+        "grad_reverse, done": lambda s: given(
+            p["grad_reverse"](done(s.d), done(s.a), s.window, s.c2, s.g_small, sums=True)
+        ),
+        "grad_forward with sums": forward(sums=True),
+        "grad_forward, done": lambda s: given(
+            p["grad_forward"](done(s.d), done(s.a), s.window, s.c2, s.g_small, s.g_full)
+        ),
         "norm_input_grad_": lambda s: [combine(s.g_full.clone(), s.d.x, *s.k)],
         "materialise": lambda s: given(p["materialise"](s.d, s.window)),
         "materialise, both": lambda s: given(p["materialise"](s.d, s.window, pooled=s.window is not None)),
@@ -278,8 +308,7 @@ def test_in_place_reuses_the_memory() -> None:
     assert pointwise.materialise(s.d, in_place=True)[0] is s.d.x
     assert pointwise.materialise(Lazy(s.d.x), (2, 2), pooled=True)[0] is s.d.x
     assert pointwise.norm_input_grad_(s.g_full, s.d.x, *s.k) is s.g_full
-    out = torch.empty_like(s.d.x)
-    assert pointwise.subtract_bias(s.d.x, s.k[0], out=out) is out
+    assert pointwise.materialise(s.d, minus=s.k[0], in_place=True)[0] is s.d.x
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -290,7 +319,7 @@ def test_in_place_gives_the_same(layout: str) -> None:
         (pointwise.grad_reverse, s.g_small, (s.d, s.a, (2, 2), s.c2)),
     ):
         want = f(*args, g)
-        assert all(map(torch.equal, f(*args, g.clone(), in_place=True), want))
+        assert all(map(torch.equal, given(f(*args, g.clone(), in_place=True)), given(want)))
     assert torch.equal(
         pointwise.materialise(s.d._replace(x=s.d.x.clone()), in_place=True)[0], pointwise.materialise(s.d)[0]
     )
@@ -327,11 +356,11 @@ def test_gradients_are_those_of_autograd() -> None:
         undone = pointwise.materialise_ref(a)[0][:, :, index[0]][..., index[1]]
         loss = s.c2 / 2 * (full - undone).square().sum() + (full * s.g_full).sum() + (pooled * s.g_small).sum()
         want = torch.autograd.grad(loss, leaves)
-        g, shift, scale = pointwise.grad_forward(s.d, s.a, s.window, s.c2, s.g_small, s.g_full)
+        g, shift, scale, _ = pointwise.grad_forward(s.d, s.a, s.window, s.c2, s.g_small, s.g_full)
         along = s.d.scale.view(-1, 1, 1)
-        got = [g * along, scale, shift]
-        g, shift, scale = pointwise.grad_reverse(s.d, s.a, s.window, s.c2, None)
-        got += [g * s.a.scale.view(-1, 1, 1), scale, shift]
+        got = [g * along, scale + s.d.mean * shift, shift]
+        g, shift, scale, _ = pointwise.grad_reverse(s.d, s.a, s.window, s.c2, None)
+        got += [g * s.a.scale.view(-1, 1, 1), scale + s.a.mean * shift, shift]
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, act=act: f"{act}: {m}")
 
@@ -366,3 +395,16 @@ def test_errors_are_sentences() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_batch_norm_is_that_of_pytorch() -> None:
+    s = make((4, 5, 7, 6), affine=False)
+    x, weight, bias = s.d.x.clone().requires_grad_(), s.k[0].clone().requires_grad_(), s.k[1].clone().requires_grad_()
+    want = F.batch_norm(x, None, None, weight, bias, training=True, eps=0.1)
+    norm = pointwise.batch_norm(s.d.x, s.k[0], s.k[1], 0.1)
+    lazy = Lazy(s.d.x, norm.scale, norm.shift, mean=norm.mean)
+    torch.testing.assert_close(pointwise.materialise(lazy)[0], want.detach())
+    g, total, with_x, _ = pointwise.grad_forward(lazy, None, None, None, None, s.g_full)
+    got = [pointwise.batch_norm_backward_(g, s.d.x, norm, total, with_x), with_x * norm.rstd, total]
+    for ours, theirs in zip(got, torch.autograd.grad(want, (x, weight, bias), s.g_full), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

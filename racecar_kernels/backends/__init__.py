@@ -5,33 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .. import reference
+from .. import pointwise, reference
 from ..contract import Call, Grads, Needs, Params, State
+from ..contract import Query as Query
 from ..layer import Layer
-
-
-@dataclass(frozen=True)
-class Query:
-    """What a backend is asked to serve."""
-
-    layer: Layer
-    device: str
-    dtype: torch.dtype
+from ..pointwise import Family
+from . import cpp
 
 
 @dataclass(frozen=True)
 class Backend:
     """One implementation of a reverse layer; see `contract.py` for what the three functions do.
 
-    `why_not(query)` is None if the backend serves this layer, else a sentence that says why it does not.
+    `why_not(query)` is None if the backend serves this layer, else a sentence that says why it does not. `kernels` is
+    what a chain is made of, the three functions are a reverse layer by itself.
     """
 
     name: str
     summary: str
     why_not: Callable[[Query], str | None]
+    kernels: Family
     forward: Callable[[Call], tuple[State, Tensor | None, Tensor]]
     resume: Callable[[Layer, Tensor, Params], State]
     backward: Callable[[Call, State, Tensor | None, Tensor | None, Needs], Grads]
@@ -43,9 +38,19 @@ def _reference_why_not(query: Query) -> str | None:
 
 TABLE: tuple[Backend, ...] = (
     Backend(
+        "cpp",
+        "C++ kernels around PyTorch's convolutions, CPU, float32, float64 and bfloat16",
+        cpp.why_not,
+        pointwise.KERNELS,
+        cpp.forward,
+        cpp.resume,
+        cpp.backward,
+    ),
+    Backend(
         "reference",
         "plain PyTorch, any device, float64 to bfloat16",
         _reference_why_not,
+        pointwise.PLAIN,
         reference.forward,
         reference.resume,
         reference.backward,

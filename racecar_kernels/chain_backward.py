@@ -1,0 +1,282 @@
+"""The backward of a tied chain: the reverse's gradient of d_m is added where the forward's backward arrives there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import phi, pooling, reference, reverse, transposed, undo
+from .chain import Tied, keeps_result, received, reverse_all, reverse_stats_count
+from .layer import Layer
+from .lazy import Lazy, Window
+from .reverse import on_matrix, whole, wide_of
+from .transposed import Pair
+
+
+class Gradients(NamedTuple):
+    """One entry per input, None where not needed; and the losses, if the backward had to find them."""
+
+    x: Tensor | None
+    weights: list[Tensor | None]
+    biases: list[Tensor | None]
+    params: list[Tensor | None]
+    losses: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; those of the norms' and activations' tensors are always given."""
+
+    x: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
+
+
+class Arriving(NamedTuple):
+    """What reaches d_m: gradients at pooled and at full size, and the residual of the reverse behind it."""
+
+    pooled: Tensor | None = None
+    full: Tensor | None = None
+    a: Lazy | None = None
+    c2: Tensor | None = None
+    window: Window = None
+    owned: bool = True  # whether `full` may be written over
+
+    @property
+    def nothing(self) -> bool:
+        return self.pooled is None and self.full is None and self.c2 is None
+
+
+class Backward:
+    """The backward of one chain, from what its forward kept."""
+
+    def __init__(
+        self, tied: Tied, out: Tensor, stats: Sequence[Tensor], kept: Sequence[Tensor], back: Sequence[Tensor]
+    ):
+        self.tied, self.out, self.kept = tied, out, kept
+        self.kernels = tied.kernels()
+        self.layers = range(len(tied.chain.layers))
+        self.stats = _cut(stats, [phi.measured(tied.latent(m)[0]) for m in self.layers])
+        self.set_reverse(back)
+        self.pending: list[Pair | None] = [None for _ in self.layers]  # of the reverse, to join the forward's
+        self.weights: list[Tensor | None] = [None for _ in self.layers]
+        self.biases: list[Tensor | None] = [None for _ in self.layers]
+        self.params: list[list[Tensor | None]] = [[None] * len(tied.latent(m)[1]) for m in self.layers]
+        self.losses: list[Tensor] = []
+        self.readings: dict[int, phi.Reading] = {}
+
+    def set_reverse(self, kept: Sequence[Tensor]) -> None:
+        """What the reverse left behind; empty where it kept nothing."""
+        n = len(self.layers)
+        self.back = list(kept[:n])
+        self.back_stats = _cut(kept[n:], [reverse_stats_count(self.tied.chain, m) if kept else 0 for m in self.layers])
+
+    def run(self, grad_out: Tensor | None, grad_losses: Tensor | None, needs: Needs) -> Gradients:
+        """All gradients; the reverse's first (full), then the forward's from the last layer to the first."""
+        chain = self.tied.chain
+        twice = [None for _ in self.layers] if grad_losses is None else list((grad_losses * 2).unbind())
+        late = grad_losses is not None and not self.back
+        arriving = Arriving(full=grad_out, owned=False)
+        if grad_losses is not None and chain.full:
+            if late:
+                inputs = [self.value(m) for m in range(len(self.layers) + 1)]
+                self.set_reverse(reverse_all(self.tied, self.kernels, inputs, store=True)[1])
+                del inputs
+            g = self.full_backward(twice, needs)
+            arriving = Arriving(full=g if grad_out is None else g.add_(grad_out))
+        for m in reversed(self.layers):
+            a = None
+            if grad_losses is not None and chain.full:
+                a = self.reading(m).lazy
+            elif grad_losses is not None and chain.reverses(m):
+                arriving, a = self.local_backward(m, arriving, twice[m], needs, late=late)
+            elif grad_losses is not None:
+                self.losses.append(self.out.new_zeros((), dtype=wide_of(self.out)))
+            if not arriving.nothing:
+                arriving = self.forward_backward(m, arriving, a, twice[m], needs)
+        found = torch.stack(self.losses[::-1]) if late and not chain.full else None
+        flat = [p for own in self.params for p in own]
+        return Gradients(self.at_input(arriving) if needs.x else None, self.weights, self.biases, flat, found)
+
+    # ------------------------------------------------------------------ what the forward gave
+
+    def value(self, m: int) -> Lazy:
+        """What layer m (counted from 0) received; of n the output."""
+        if m == 0:
+            return Lazy(self.tied.x)
+        return Lazy(self.out) if m == len(self.layers) else self.given(m - 1).lazy
+
+    def given(self, m: int) -> phi.Reading:
+        """What layer m gave, as φ makes it of what was kept."""
+        if m in self.readings:
+            return self.readings[m]
+        own, params = self.tied.latent(m)
+        known = phi.parts(own) is not None
+        stats = self.stats[m] if known else ()
+        reading = phi.read(self.kernels, self.kept[m], own, params, stats, done=keeps_result(self.tied.chain, m))
+        if known:  # another one holds a tensor of its own
+            self.readings[m] = reading
+        return reading
+
+    def shape(self, m: int) -> tuple[int, ...]:
+        """Shape of what layer m received."""
+        return tuple((self.kept[m - 1] if m else self.tied.x).shape)
+
+    def reading(self, m: int) -> phi.Reading:
+        """What the reverse of layer m gave."""
+        layer, params = self.tied.chain.layers[m], self.tied.latent(m - 1)[1] if m else ()
+        return reverse.resume(self.kernels, layer, params, self.back[m], self.back_stats[m])
+
+    # ------------------------------------------------------------------ the reverse
+
+    def full_backward(self, twice: Sequence[Tensor | None], needs: Needs) -> Tensor:
+        """Through the reverse, from layer 1 up; gives the gradient of the chain's output."""
+        g, reading = None, self.reading(0)
+        for m in self.layers:
+            last = m + 1 == len(self.layers)
+            above = None if last else self.reading(m + 1)
+            y = Lazy(self.out) if above is None else above.lazy
+            g = self.reverse_backward(m, reading, self.back[m], y, g, twice[m], needs).y
+            reading = above if above is not None else reading
+        return reverse.made(g)
+
+    def local_backward(
+        self, m: int, arriving: Arriving, c2: Tensor | None, needs: Needs, *, late: bool
+    ) -> tuple[Arriving, Lazy]:
+        """The reverse of layer m, run here where nothing of it was kept; its gradient of y arrives at d_{m+1}."""
+        y = self.value(m + 1)
+        if late:
+            reading, kept = reverse.run(self.kernels, self.tied.reverse(m, y, self.value(m)))
+        else:
+            reading, kept = self.reading(m), self.back[m]
+        grads = self.reverse_backward(m, reading, kept, y, None, c2, needs, loss=late)
+        if late:
+            self.losses.append(reverse.made(grads.loss))
+        g = reverse.made(grads.y)
+        if arriving.full is not None:
+            g = g.add_(arriving.full)
+        return arriving._replace(full=g, owned=True), reading.lazy
+
+    def reverse_backward(
+        self,
+        m: int,
+        reading: phi.Reading,
+        kept: Tensor,
+        y: Lazy,
+        g: Tensor | None,
+        c2: Tensor | None,
+        needs: Needs,
+        *,
+        loss: bool = False,
+    ) -> reverse.Grads:
+        """Through the reverse of layer m; adds the gradients of its tensors, or keeps a pair that is to be joined."""
+        grads = reverse.backward(
+            self.kernels,
+            self.tied.reverse(m, y, self.value(m)),
+            reading,
+            kept,
+            g,
+            c2,
+            needs_y=True,
+            needs_weight=needs.weights[m],
+            needs_bias=needs.biases[m],
+            loss=loss,
+            hold=True,
+        )
+        self.weights[m], self.pending[m], self.biases[m] = grads.weight, grads.pair, grads.bias
+        if m:
+            _add_each(self.params[m - 1], grads.params)
+        return grads
+
+    # ------------------------------------------------------------------ the forward
+
+    def forward_backward(self, m: int, arriving: Arriving, a: Lazy | None, c2: Tensor | None, needs: Needs) -> Arriving:
+        """Through the forward of layer m: what reaches d_m from what reaches d_{m+1}."""
+        layer, weight = self.tied.chain.layers[m], self.tied.weights[m]
+        own, params = self.tied.latent(m)
+        reading, c = self.given(m), self.kept[m]
+        sums = needs.biases[m] and on_matrix(layer, c)
+        grad = self.kernels.grad_forward(
+            reading.lazy,
+            arriving.a,
+            arriving.window,
+            arriving.c2,
+            arriving.pooled,
+            arriving.full,
+            in_place=arriving.owned and arriving.full is not None,
+            sums=sums,
+        )
+        del arriving
+        g, own_grads, total = phi.backward(self.kernels, grad, c, own, params, reading)
+        del grad, reading, c
+        _add_each(self.params[m], own_grads)
+        if needs.biases[m]:
+            self.biases[m] = _plus(
+                self.biases[m], total if sums and total is not None else self.bias_gradient(g, layer)
+            )
+        d = self.value(m)
+        if needs.weights[m]:
+            self.add_weight(m, Pair(received(self.kernels, d, layer.pre), g))
+        if m == 0 and not needs.x:
+            return Arriving()
+        g = transposed.forward(g, weight, layer.tied, layer.input_shape(self.shape(m)))
+        return self.in_front(layer, g, d, a, c2 if layer.compare else None)
+
+    def in_front(self, layer: Layer, g: Tensor, received: Lazy, a: Lazy | None, c2: Tensor | None) -> Arriving:
+        """What reaches d_m, from the gradient of what the operation received and from its reverse."""
+        known, window = pooling.window_of(layer.pre)
+        if known:
+            return Arriving(g, None, a, c2, window)
+        d = whole(self.kernels, received)
+        g = pooling.before_adjoint(g, d, layer.pre)
+        if c2 is not None and a is not None:
+            add_residual(g, c2, d, whole(self.kernels, a), layer)
+        return Arriving(full=g)
+
+    def at_input(self, arriving: Arriving) -> Tensor | None:
+        """The gradient of x, from what reaches it."""
+        pooled, full, a, c2, window, _ = arriving
+        if arriving.nothing:
+            return None
+        if pooled is None and c2 is None:
+            return full
+        return self.kernels.grad_forward(Lazy(self.tied.x), a, window, c2, pooled, full).g
+
+    def add_weight(self, m: int, pair: Pair) -> None:
+        """The weight's gradient of the forward, in one product with that of the reverse where both wait for it."""
+        weight, kind = self.tied.weights[m], self.tied.chain.layers[m].tied
+        waiting, self.pending[m] = self.pending[m], None
+        pairs = [pair] if waiting is None else [waiting, pair]
+        if kind.dims == 0 and self.weights[m] is not None:
+            transposed.add_product_(reverse.made(self.weights[m]), pair)
+        else:
+            self.weights[m] = _plus(self.weights[m], transposed.weight_gradient(pairs, weight, kind))
+
+    def bias_gradient(self, g: Tensor, layer: Layer) -> Tensor:
+        return self.kernels.channel_sum(g) if on_matrix(layer, g) else reference.over_channels(g, layer)
+
+
+def add_residual(g: Tensor, c2: Tensor, d: Tensor, a: Tensor, layer: Layer) -> None:
+    """g += c2 (d - undo(a)) in place; the difference exists one cache-sized piece at a time where pooling is undone."""
+    for part, big, small in undo.triples(g, d, a, layer.pre):
+        part.add_(torch.sub(big, small).mul_(c2))
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, in a's memory; either may be missing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a.add_(b)
+
+
+def _add_each(to: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    for i, grad in enumerate(grads):
+        to[i] = _plus(to[i], grad)
+
+
+def _cut(flat: Sequence[Tensor], counts: Iterable[int]) -> list[list[Tensor]]:
+    """`flat` in parts of these lengths."""
+    left = iter(flat)
+    return [[next(left) for _ in range(count)] for count in counts]
