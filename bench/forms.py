@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from racecar_kernels import transposed, undo
+from racecar_kernels import transposed, undo, weight_gradient
 from racecar_kernels.layer import Pool, Tied
 
 # batch, channels of the source y, channels of the result u, side of the source
@@ -52,7 +52,7 @@ def forms(batch: int, c_y: int, c_u: int, side: int) -> dict[str, dict[str, Call
         return undo.apply(y, POOLING, big)
 
     def plain_backward(**needs: bool) -> object:
-        grad_s, grad_w = transposed.backward(g, source(), weight, TIED, **needs)
+        grad_s, grad_w = weight_gradient.backward(g, source(), weight, TIED, **needs)
         return grad_w if grad_s is None else undo.adjoint(grad_s, y, POOLING, big)
 
     no_weight, no_source = {"needs_weight": False}, {"needs_source": False}
@@ -64,11 +64,11 @@ def forms(batch: int, c_y: int, c_u: int, side: int) -> dict[str, dict[str, Call
         },
         "source gradient": {
             "plain": lambda: plain_backward(**no_weight),
-            "folded": lambda: transposed.backward(g, y, weight, TIED, FACTOR, **no_weight),
+            "folded": lambda: weight_gradient.backward(g, y, weight, TIED, FACTOR, **no_weight),
         },
         "weight gradient": {
             "plain": lambda: plain_backward(**no_source),
-            "folded": lambda: transposed.backward(g, y, weight, TIED, FACTOR, **no_source),
+            "folded": lambda: weight_gradient.backward(g, y, weight, TIED, FACTOR, **no_source),
         },
     }
 

@@ -13,7 +13,10 @@ from .chain import Tied, keeps_result, received, reverse_all, reverse_stats_coun
 from .layer import Layer
 from .lazy import Lazy, Window
 from .reverse import on_matrix, whole, wide_of
-from .transposed import Pair
+from .weight_gradient import Pair, joined, weight_gradient
+
+# Bytes of a part of the batch: it stays in a core's cache, and its memory is used again by the next one.
+PART = 1 << 21
 
 
 class Gradients(NamedTuple):
@@ -47,6 +50,11 @@ class Arriving(NamedTuple):
     @property
     def nothing(self) -> bool:
         return self.pooled is None and self.full is None and self.c2 is None
+
+    def part(self, at: int, size: int) -> Arriving:
+        """The same for `size` samples from `at` on."""
+        pooled, full = (None if t is None else t.narrow(0, at, size) for t in (self.pooled, self.full))
+        return self._replace(pooled=pooled, full=full, a=None if self.a is None else self.a.part(at, size))
 
 
 class Backward:
@@ -94,7 +102,10 @@ class Backward:
                 arriving, a = self.local_backward(m, arriving, twice[m], needs, late=late)
             elif grad_losses is not None:
                 self.losses.append(self.out.new_zeros((), dtype=wide_of(self.out)))
-            if not arriving.nothing:
+            if not arriving.nothing and m == 0 and not needs.x:
+                self.first_backward(arriving, needs)
+                arriving = Arriving()
+            elif not arriving.nothing:
                 arriving = self.forward_backward(m, arriving, a, twice[m], needs)
         found = torch.stack(self.losses[::-1]) if late and not chain.full else None
         flat = [p for own in self.params for p in own]
@@ -194,9 +205,26 @@ class Backward:
 
     def forward_backward(self, m: int, arriving: Arriving, a: Lazy | None, c2: Tensor | None, needs: Needs) -> Arriving:
         """Through the forward of layer m: what reaches d_m from what reaches d_{m+1}."""
-        layer, weight = self.tied.chain.layers[m], self.tied.weights[m]
-        own, params = self.tied.latent(m)
-        reading, c = self.given(m), self.kept[m]
+        layer, weight, d = self.tied.chain.layers[m], self.tied.weights[m], self.value(m)
+        g = self.through_operation(m, self.given(m), arriving, d, needs)
+        del arriving
+        g = transposed.forward(g, weight, layer.tied, layer.input_shape(self.shape(m)))
+        return self.in_front(layer, g, d, a, c2 if layer.compare else None)
+
+    def first_backward(self, arriving: Arriving, needs: Needs) -> None:
+        """The same for layer 1 where x needs no gradient: no larger tensor is made than a part of the batch needs."""
+        reading, c, x = self.given(0), self.kept[0], Lazy(self.tied.x)
+        batch, parts = c.shape[0], reading.norm is None and reading.entries is None and c.dim() > 2
+        step = max(1, PART * batch // (c.numel() * c.element_size())) if parts else batch
+        for at in range(0, batch, step):
+            size = min(step, batch - at)
+            of_part = reading._replace(lazy=reading.lazy.part(at, size))
+            self.through_operation(0, of_part, arriving.part(at, size), x.part(at, size), needs)
+
+    def through_operation(self, m: int, reading: phi.Reading, arriving: Arriving, d: Lazy, needs: Needs) -> Tensor:
+        """The gradient of what the operation of layer m gave; adds those of φ's tensors, the bias and the weight."""
+        layer, (own, params) = self.tied.chain.layers[m], self.tied.latent(m)
+        c = self.kept[m] if reading.entries is not None else reading.lazy.x
         sums = needs.biases[m] and on_matrix(layer, c)
         grad = self.kernels.grad_forward(
             reading.lazy,
@@ -213,16 +241,11 @@ class Backward:
         del grad, reading, c
         _add_each(self.params[m], own_grads)
         if needs.biases[m]:
-            self.biases[m] = _plus(
-                self.biases[m], total if sums and total is not None else self.bias_gradient(g, layer)
-            )
-        d = self.value(m)
+            own_sum = total if sums and total is not None else self.bias_gradient(g, layer)
+            self.biases[m] = _plus(self.biases[m], own_sum)
         if needs.weights[m]:
             self.add_weight(m, Pair(received(self.kernels, d, layer.pre), g))
-        if m == 0 and not needs.x:
-            return Arriving()
-        g = transposed.forward(g, weight, layer.tied, layer.input_shape(self.shape(m)))
-        return self.in_front(layer, g, d, a, c2 if layer.compare else None)
+        return g
 
     def in_front(self, layer: Layer, g: Tensor, received: Lazy, a: Lazy | None, c2: Tensor | None) -> Arriving:
         """What reaches d_m, from the gradient of what the operation received and from its reverse."""
@@ -248,11 +271,9 @@ class Backward:
         """The weight's gradient of the forward, in one product with that of the reverse where both wait for it."""
         weight, kind = self.tied.weights[m], self.tied.chain.layers[m].tied
         waiting, self.pending[m] = self.pending[m], None
-        pairs = [pair] if waiting is None else [waiting, pair]
-        if kind.dims == 0 and self.weights[m] is not None:
-            transposed.add_product_(reverse.made(self.weights[m]), pair)
-        else:
-            self.weights[m] = _plus(self.weights[m], transposed.weight_gradient(pairs, weight, kind))
+        both = pair if waiting is None else joined(waiting, pair)
+        del waiting, pair
+        self.weights[m] = weight_gradient(both, weight, kind, add_to=self.weights[m])
 
     def bias_gradient(self, g: Tensor, layer: Layer) -> Tensor:
         return self.kernels.channel_sum(g) if on_matrix(layer, g) else reference.over_channels(g, layer)

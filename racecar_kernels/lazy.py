@@ -33,6 +33,10 @@ class Lazy(NamedTuple):
         """Whether x is the tensor that this stands for."""
         return self.done or (self.act == "identity" and self.scale is None and self.shift is None)
 
+    def part(self, at: int, size: int) -> Lazy:
+        """The same for `size` samples from `at` on."""
+        return self._replace(x=self.x.narrow(0, at, size))
+
 
 class Gradient(NamedTuple):
     """A gradient g; Σ g and Σ g·(x - mean) per channel where wanted, and Σ (d - undo(a))² where wanted.

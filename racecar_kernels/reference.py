@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import latent, transposed, undo
+from . import latent, transposed, undo, weight_gradient
 from .contract import Call, Grads, Needs, Params, State, keeps_output
 from .layer import Ints, Layer
 
@@ -54,7 +54,7 @@ def backward(call: Call, state: State, grad_a: Tensor | None, c: Tensor | None, 
     s = y if call.bias is None or not needs.weight else y - _per_channel(call.bias, y, layer)
     del y
     needs_bias = needs.bias and call.bias is not None
-    grad_s, grads.weight = transposed.backward(
+    grad_s, grads.weight = weight_gradient.backward(
         g, s, call.weight, layer.tied, factor, needs_source=needs.y or needs_bias, needs_weight=needs.weight
     )
     del g, s

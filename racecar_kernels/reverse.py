@@ -18,7 +18,7 @@ from .contract import Params
 from .layer import Ints, Layer, Pool, Step
 from .lazy import Gradient, Lazy
 from .pointwise import Family
-from .transposed import Pair
+from .weight_gradient import Pair, joining_pays, weight_gradient
 
 
 class Reverse(NamedTuple):
@@ -180,8 +180,8 @@ def backward(
     factor = factor_of(r)
     if needs_weight:  # first: a library reorders s for it, and the gradient of s need not be there yet
         pair = Pair(g_u, spread(source(kernels, r), r, factor))
-        if factor is not None or not (hold and transposed.joining_pays(r.weight, pair)):
-            weight, pair = transposed.weight_gradient([pair], r.weight, r.layer.tied, factor), None
+        if factor is not None or not (hold and joining_pays(pair, r.weight, r.layer.tied)):
+            weight, pair = weight_gradient(pair, r.weight, r.layer.tied, factor), None
     if needs_y or needs_bias:
         g_s = transposed.source_gradient(g_u, r.weight, r.layer.tied, factor)
     if needs_bias and g_s is not None:

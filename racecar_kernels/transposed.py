@@ -1,4 +1,4 @@
-"""The transposed tied operation u = Wᵀ s in plain PyTorch, and its gradients.
+"""The transposed tied operation u = Wᵀ s in plain PyTorch, and its gradient of s; that of W is in `weight_gradient.py`.
 
 Everything is stated as the adjoint of the *forward* operation, so sizes, `same` padding and padding modes come back
 exactly. Three forms of a transposed convolution whose source is repeated by whole factors f (a pooling undone):
@@ -14,11 +14,9 @@ All are the same linear map; at 3x3 and f = 2 the folded forms multiply 2.25 tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,32 +53,6 @@ def forward(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints | N
     return plain(s, fold(weight, factor), replace(tied, stride=factor), shape)
 
 
-class Pair(NamedTuple):
-    """What the operation read and the gradient of what it gave: the weight's gradient is bilinear in them.
-
-    In reverse they are the gradient of u = Wᵀ s, and s.
-    """
-
-    read: Tensor
-    grad: Tensor
-
-
-def backward(
-    g: Tensor,
-    s: Tensor,
-    weight: Tensor,
-    tied: Tied,
-    factor: Ints | None = None,
-    *,
-    needs_source: bool = True,
-    needs_weight: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of s and of the weight from g = ∂/∂u. With `factor`, both sums over the repetition are included."""
-    # the weight's first: a library reorders s for it, and the gradient of s need not be there yet
-    grad_w = weight_gradient([Pair(g, s)], weight, tied, factor) if needs_weight else None
-    return source_gradient(g, weight, tied, factor) if needs_source else None, grad_w
-
-
 def source_gradient(g: Tensor, weight: Tensor, tied: Tied, factor: Ints | None = None) -> Tensor:
     """∂/∂s from g = ∂/∂u: the operation itself, without its bias."""
     if tied.dims == 0:
@@ -89,36 +61,6 @@ def source_gradient(g: Tensor, weight: Tensor, tied: Tied, factor: Ints | None =
         weight, tied = fold(weight, factor), replace(tied, stride=factor)
     g, padding = padded(g, tied)
     return CONV[tied.dims](g, weight, None, tied.stride, padding, tied.dilation, tied.groups)
-
-
-def weight_gradient(pairs: Sequence[Pair], weight: Tensor, tied: Tied, factor: Ints | None = None) -> Tensor:
-    """∂/∂W, the sum of what every pair gives, as one product: one pass over the weight instead of several."""
-    if tied.dims == 0:
-        first, *rest = pairs
-        out = torch.mm(first.grad.reshape(-1, first.grad.shape[-1]).t(), first.read.reshape(-1, first.read.shape[-1]))
-        for pair in rest:
-            add_product_(out, pair)
-        return out
-    if factor is not None:
-        folded = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(
-            *weight.shape[:2], *(k + f - 1 for k, f in zip(weight.shape[2:], factor, strict=True))
-        )
-        return fold_adjoint(weight_gradient(pairs, folded, replace(tied, stride=factor)), factor)
-    read, grad = pairs[0] if len(pairs) == 1 else (torch.cat([p[i] for p in pairs]) for i in (0, 1))
-    read, padding = padded(read, tied)
-    settings = (None, tied.stride, padding, tied.dilation, False, (0,) * tied.dims, tied.groups)
-    found: Tensor = aten.convolution_backward(grad, read, weight, *settings, (False, True, False))[1]
-    return found
-
-
-def add_product_(out: Tensor, pair: Pair) -> None:
-    """out += the gradient of a linear layer's weight."""
-    out.addmm_(pair.grad.reshape(-1, pair.grad.shape[-1]).t(), pair.read.reshape(-1, pair.read.shape[-1]))
-
-
-def joining_pays(weight: Tensor, pair: Pair) -> bool:
-    """Whether two pairs of this size are better multiplied together: where the weight is what there is most of."""
-    return weight.dim() > 2 and weight.numel() > pair.read.numel() + pair.grad.numel()
 
 
 def can_fold(tied: Tied) -> bool:

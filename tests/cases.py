@@ -60,6 +60,7 @@ CASES = [
     _case("linear on tokens, layer norm", (3, 5, 4), lambda: nn.Linear(4, 6), latent=lambda: [nn.LayerNorm(4)]),
     _case("linear without bias", (2, 3), lambda: nn.Linear(3, 2, bias=False), latent=lambda: [nn.GELU()]),
     _case("conv", (2, 3, 5, 6), _conv(3, 4, 3, padding=1), latent=_relu),
+    _case("wide, few pixels", (2, 64, 4, 3), _conv(64, 65, 3, stride=2, padding=1), latent=_relu),
     _case("one pixel, one channel", (2, 1, 1, 1), _conv(1, 1, 3, padding=1), latent=lambda: [nn.Sigmoid()]),
     _case("strided, odd", (2, 3, 7, 8), _conv(3, 4, 3, stride=2, padding=1), latent=lambda: [nn.ELU()]),
     _case("stride beyond kernel", (2, 2, 9, 8), _conv(2, 3, 2, stride=3), latent=_relu),

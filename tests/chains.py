@@ -30,6 +30,8 @@ CHAINS: dict[str, tuple[tuple[int, ...], Callable[[], list[nn.Module]]]] = {
     "average pool": ((2, 2, 8, 6), lambda: [_conv(2, 3), nn.ReLU(), nn.AvgPool2d(2), _conv(3, 2), nn.LeakyReLU(0.2)]),
     "strided": ((2, 2, 9, 8), lambda: [_conv(2, 4, stride=2), nn.ReLU(), _conv(4, 3, kernel=4, padding="same")]),
     "grouped, dilated": ((2, 4, 9, 8), lambda: [_conv(4, 6, dilation=2, groups=2), nn.ReLU(), _conv(6, 4, bias=False)]),
+    "wide, few pixels": ((2, 64, 4, 3), lambda: [_conv(64, 66, stride=2), nn.ReLU(), nn.Conv2d(66, 64, 3, 1, 2, 2),
+                                                 nn.BatchNorm2d(64), nn.ReLU(), _conv(64, 64, padding="same")]),
     "circular": ((2, 2, 6, 5), lambda: [_conv(2, 3, padding_mode="circular"), nn.ReLU(),
                                         _conv(3, 2, padding_mode="reflect")]),
     "up-sampled": ((2, 2, 4, 3), lambda: [nn.Upsample(scale_factor=2), _conv(2, 3), nn.Tanh(),

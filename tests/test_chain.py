@@ -8,6 +8,7 @@ from cases import BACKENDS
 from chains import CHAINS, Sample, make
 
 import racecar_kernels as rk
+from racecar_kernels import chain_backward
 from racecar_kernels.layer import Chain, Segment, parse_chain
 
 each_chain = pytest.mark.parametrize("name", CHAINS)
@@ -68,6 +69,21 @@ def test_equals_its_definition(name, variant, memory, backend, last):
     torch.testing.assert_close(report.losses if memory == "deferred" else losses, want_losses)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@each_way
+@pytest.mark.parametrize("name", ["pooled", "batch norm", "strided", "tokens"])
+def test_parts_of_the_batch_give_the_same(name, variant, memory, monkeypatch):
+    """Where x needs no gradient, the first layer goes through its backward a few samples at a time."""
+    results = []
+    for part in (1 << 21, 1):
+        monkeypatch.setattr(chain_backward, "PART", part)
+        sample = make(name)
+        x = sample.x.detach()
+        out, losses = rk.tied_chain(x, *sample.arguments[1:], last=sample.last, variant=variant, memory=memory)
+        results.append(torch.autograd.grad(total(out, losses), sample.tensors[1:]))
+    for parts, whole in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
 
 
 @each_way
