@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+
+import oracle
 import pytest
 import torch
 from cases import BACKENDS
-from chains import CHAINS, Sample, make
+from chains import CHAINS, Sample, describe_chain, make
 
 import racecar_kernels as rk
 from racecar_kernels import chain_backward
@@ -37,7 +40,7 @@ def by_definition(sample: Sample, variant: str) -> tuple[torch.Tensor, torch.Ten
     for m in reversed(range(len(sample.layers))):
         above = sample.layers[m + 1].pre if variant == "full" and m + 1 < len(sample.layers) else ()
         source = y if variant == "full" or m + 1 == len(sample.layers) else inputs[m + 1]
-        segment = Segment((sample.layers[m],), above)
+        segment = Segment((sample.layers[m],), above, "reference")
         y, loss = rk.reverse_layers(segment, source, [inputs[m]], [sample.weights[m]], [sample.biases[m]], own[m])
         losses.append(loss[0])
     return h, torch.stack(losses[::-1])
@@ -69,6 +72,31 @@ def test_equals_its_definition(name, variant, memory, backend, last):
     torch.testing.assert_close(report.losses if memory == "deferred" else losses, want_losses)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("variant", "memory"), [("full", "store"), ("local", "deferred")])
+@pytest.mark.parametrize("name", ["mlp", "pooled", "batch norm", "strided", "group norm", "wide, few pixels"])
+def test_at_most_twice_the_error_of_plain_pytorch(name, variant, memory, dtype):
+    """Against float64, norm-wise over all gradients, the median of seven seeds."""
+    errors = {"ours": [], "plain": []}
+    for seed in range(7):
+        want, *_ = everything(make(name, seed=seed, last=True), variant)
+        _, plain, ours = everything(make(name, seed=seed, last=True), variant, dtype, memory)
+        errors["plain"].append(oracle.error(plain, want))
+        errors["ours"].append(oracle.error(ours, want))
+    assert statistics.median(errors["ours"]) <= 2 * statistics.median(errors["plain"])
+
+
+def everything(sample: Sample, variant: str, dtype: torch.dtype = torch.float64, memory: str | None = None):
+    """Gradients in float64; with `memory` in `dtype` as well, of plain PyTorch and of the chain."""
+    want = torch.autograd.grad(total(*by_definition(sample, variant)), sample.tensors)
+    if memory is None:
+        return (want,)
+    low = describe_chain(sample.modules.to(dtype), sample.x.detach().to(dtype).requires_grad_())
+    plain = torch.autograd.grad(total(*by_definition(low, variant)), low.tensors)
+    out, losses = rk.tied_chain(*low.arguments, last=low.last, variant=variant, memory=memory)
+    return want, plain, torch.autograd.grad(total(out, losses), low.tensors)
 
 
 @each_way
