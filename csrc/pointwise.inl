@@ -12,6 +12,8 @@ namespace RACECAR_NAMESPACE {
 
 #include "pointwise_rows.inl"
 
+#include "pointwise_2x2.inl"
+
 // a repeated from the windows of a tile to its full width.
 template <class T> inline const T *undo_row(const Grid &g, const Tile &t, const T *a, T *into) {
   if (g.kw == 1)
@@ -116,6 +118,8 @@ template <class S> void materialise(const Job &job, int64_t block, void *scratch
   Spread<T> minus(job.k[0], g, arena);
   T *const row = arena.take<T>(g.row), *const largest = arena.take<T>(g.row);
   each_tile(g, block, [&](const Tile &t) {
+    if (!job.out && Simple<S>::serves(d, g, t))
+      return pool_2x2(g, t, d, static_cast<S *>(job.out_pooled) + t.small);
     const int64_t n = t.columns * g.inner;
     for (int64_t r = 0; r < (job.out ? t.rows : g.kh); ++r) {
       const int64_t first = t.full + r * g.width * g.inner;
@@ -147,9 +151,12 @@ template <class T> struct Squares {
     each(n, [to = row](int64_t i) { to[i] = 0; });
   }
 
-  void next() {
-    if (++rows % few == 0)
-      drain();
+  // After n more numbers on top of each other.
+  void next(int n) {
+    if ((rows += n) < few)
+      return;
+    drain();
+    rows = 0;
   }
 
   double drain() {
@@ -177,16 +184,21 @@ template <class S> void sum_of_squares(const Job &job, int64_t block, void *scra
     const int64_t few = t.windows * g.inner;
     prefetch_behind(a.x + t.small, few);
     const T *const small = a.row(g, t.outer, t.small, few, a_row);
-    const T *const undone = undo_row(g, t, small, wide);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t first = t.full + r * g.width * g.inner;
-      prefetch_behind(d.x + first, n);
-      const T *const values = d.row(g, t.outer, first, n, d_row);
-      each(n, [=, to = squares.row](int64_t i) {
-        const T off = values[i] - undone[i];
-        to[i] = muladd(off, off, to[i]);
-      });
-      squares.next();
+    if (Simple<S>::serves(d, g, t)) {
+      residual_2x2<S, T>(g, t, d, small, nullptr, squares.row);
+      squares.next(4);
+    } else {
+      const T *const undone = undo_row(g, t, small, wide);
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const int64_t first = t.full + r * g.width * g.inner;
+        prefetch_behind(d.x + first, n);
+        const T *const values = d.row(g, t.outer, first, n, d_row);
+        each(n, [=, to = squares.row](int64_t i) {
+          const T off = values[i] - undone[i];
+          to[i] = muladd(off, off, to[i]);
+        });
+        squares.next(1);
+      }
     }
     if (!job.out)
       return;
@@ -203,6 +215,12 @@ template <class S> void sum_of_squares(const Job &job, int64_t block, void *scra
 template <class S, class T = typename Storage<S>::T>
 inline const T *window_residual(const Grid &g, const Tile &t, Values<S> &d, const T *a, T *d_row, T *wide, T *column,
                                 T *into, Squares<T> *squares) {
+  if (Simple<S>::serves(d, g, t)) {
+    residual_2x2<S, T>(g, t, d, a, into, squares ? squares->row : nullptr);
+    if (squares)
+      squares->next(4);
+    return into;
+  }
   const int64_t n = t.columns * g.inner;
   const T *const undone = undo_row(g, t, a, wide);
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -219,7 +237,7 @@ inline const T *window_residual(const Grid &g, const Tile &t, Values<S> &d, cons
       const T off = values[i] - undone[i];
       to[i] = muladd(off, off, to[i]);
     });
-    squares->next();
+    squares->next(1);
   }
   if (g.kw == 1)
     return column;
@@ -271,6 +289,13 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
   const T **const values = arena.take<const T *>(g.rows);
   each_tile(g, block, [&](const Tile &t) {
     const int64_t n = t.columns * g.inner, few = t.windows * g.inner;
+    if (job.pooled && Simple<S>::serves(d, g, t)) {
+      const T *const small = job.loss ? a.row(g, t.outer, t.small, few, a_row) : nullptr;
+      const S *const full = job.g ? static_cast<const S *>(job.g) + t.full : nullptr;
+      return grad_forward_2x2<S>(g, t, d, small, static_cast<T>(job.c2),
+                                 load(static_cast<const S *>(job.pooled) + t.small, few, from), full,
+                                 static_cast<S *>(job.out) + t.full, total);
+    }
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t first = t.full + r * g.width * g.inner;
       prefetch_behind(d.x + first, n);

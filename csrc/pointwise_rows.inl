@@ -172,7 +172,7 @@ template <class S> struct Values {
 // of each other in the type that is computed in, the rest in double. Without job.partials nothing is summed.
 template <class S> struct ChannelSums {
   using T = typename Storage<S>::T;
-  static constexpr int few = 8;
+  static constexpr int few = 16;
 
   template <class N> struct Pair {
     N first, second;
@@ -216,7 +216,12 @@ template <class S> struct ChannelSums {
     if (g.inner == 1)
       return add_wide(g, outer, n, pair);
     add_row(narrow, n, pair);
-    if (++rows == few)
+    next_rows(g, 1);
+  }
+
+  // After n more numbers on top of each other.
+  void next_rows(const Grid &g, int n) {
+    if ((rows += n) >= few)
       flush(g);
   }
 
