@@ -25,9 +25,9 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import machine
-from bench.networks import NETWORKS
-from bench.steps import measure_network
+from racecar.bench import machine
+from racecar.bench.networks import NETWORKS
+from racecar.bench.steps import measure_network
 
 LIMIT_S = 480
 BUILD_LIMIT_S = 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+import racecar_kernels as rk
+from racecar_kernels import extension
+
+PACKAGE = Path(__file__).resolve().parent.parent
+ROOT = PACKAGE.parent.parent  # of the source tree; an installed package has none
 
 
 def facts(device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -18,12 +23,16 @@ def facts(device: torch.device | str = "cpu") -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": torch.device(device).type,
         "processor": processor_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "racecar_kernels": _package_version(),
+        "racecar_kernels": rk.__version__,
         "commit": commit(),
         "sources": sources(),
+        "backends": list(rk.backends()),
+        "extension": "in use" if extension.why_not() is None else "not in use",  # the reason may name a path
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -47,8 +56,15 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def in_source_tree() -> bool:
+    """Whether this is a checkout and not an installed package, around which another project's commit might be found."""
+    return (ROOT / "pyproject.toml").is_file() and (ROOT / "csrc").is_dir()
+
+
 def commit() -> str:
-    """Commit of the tree that is measured, with `-dirty` behind it where files differ; `unknown` without git."""
+    """Commit of the tree that is measured, `-dirty` behind it where files differ; `unknown` if installed or without git."""
+    if not in_source_tree():
+        return "unknown"
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -66,14 +82,11 @@ def commit() -> str:
 def sources() -> str:
     """Fingerprint of the code that is measured: tells two states of a tree apart where the commit does not."""
     digest = hashlib.sha256()
-    for folder in ("bench", "csrc", "python", "racecar_kernels", "tests"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
-                digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    folders = [PACKAGE, Path(rk.__file__).resolve().parent]
+    if in_source_tree():
+        folders += [ROOT / name for name in ("bench", "csrc", "tests")]
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh"):
+                digest.update(f"{folder.name}/{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _package_version() -> str:
-    import racecar_kernels
-
-    return getattr(racecar_kernels, "__version__", "unknown")

@@ -1,4 +1,4 @@
-"""The networks that are measured, as plain `nn.Sequential` chains with an input, both in channels_last.
+"""The networks that are measured, each with an input, both in channels_last.
 
 Every network comes without the classifier head behind its first flatten: the head is no part of the reverse pass.
 """
@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .residual import resnet110, weather
+
 POOL = "pool"
 UP = "up"
 
@@ -22,25 +24,29 @@ class Network:
 
     Attributes:
         title: what a table calls it.
-        build: the network with PyTorch's default initialisation; its argument divides the number of channels.
+        build: the network with PyTorch's default initialisation: a chain, or a model that names its `parts()`. Its
+            argument divides the number of channels; above 1 a deep residual network has fewer blocks as well.
         sample: shape of one sample, without the batch.
         batch: samples per step on a CPU.
         gpu_batch: samples per step on a GPU.
         tiny: shape of one sample where only correctness counts (a dry run, a test, the check of the gradients).
+        variants: the reverse passes that it has.
     """
 
     title: str
-    build: Callable[[int], nn.Sequential]
+    build: Callable[[int], nn.Module]
     sample: tuple[int, ...]
     batch: int
     gpu_batch: int
     tiny: tuple[int, ...]
+    variants: tuple[str, ...] = ("full", "local")
 
-    def model(self, *, narrow: bool = False) -> nn.Sequential:
+    def model(self, *, narrow: bool = False) -> nn.Module:
         """The network; `narrow`: with an eighth of its channels, where only running it counts."""
         return self.build(8 if narrow else 1)
 
     def inputs(self, batch: int, *, tiny: bool = False) -> Tensor:
+        """Normally distributed samples."""
         x = torch.randn(batch, *(self.tiny if tiny else self.sample))
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
@@ -86,7 +92,11 @@ def vgg19(divisor: int) -> nn.Sequential:
 
 
 def smoke(divisor: int) -> nn.Sequential:
-    """Smoke generator with 5x5 kernels, in the manner of Table 13 of the 2020 paper: up-samples fourfold."""
+    """Smoke generator: 5x5 kernels, nearest up-sampling twice by 2, one channel of density in and out.
+
+    In the manner of Table 13 of the 2020 paper, whose exact widths were not at hand: take its figures for those of a
+    small up-sampling generator, not of the paper's own.
+    """
     return conv_chain(1, [16, UP, 32, UP, 16, 1], divisor, kernel=5)
 
 
@@ -99,10 +109,14 @@ def mlp(divisor: int) -> nn.Sequential:
     return nn.Sequential(*(module for a, b in pairwise(widths) for module in (nn.Linear(a, b), nn.Tanh())))
 
 
+_LOCAL = ("local",)  # no unique path from output to input
+
 NETWORKS = {
     "mnist": Network("MNIST (3 conv), 28x28", mnist, (1, 28, 28), 64, 1024, (1, 12, 12)),
     "cifar": Network("CIFAR (13 conv, batch norm), 32x32", cifar, (3, 32, 32), 16, 512, (3, 32, 32)),
+    "resnet110": Network("ResNet110 (109 conv), 32x32", resnet110, (3, 32, 32), 8, 256, (3, 8, 8), _LOCAL),
     "vgg19": Network("VGG19 (16 conv), 224x224", vgg19, (3, 224, 224), 1, 64, (3, 32, 32)),
     "smoke": Network("Smoke generator (4 conv, up-sampling), 16x16", smoke, (1, 16, 16), 8, 256, (1, 6, 6)),
+    "weather": Network("Weather ResNet (40 conv), 32x64", weather, (38, 32, 64), 1, 32, (38, 8, 12), _LOCAL),
     "mlp": Network("MLP (6 linear, tanh), 12 inputs", mlp, (12,), 512, 4096, (12,)),
 }
