@@ -1,1 +1,1 @@
-"""Step time, kept bytes and peak bytes of reverse-pass pretraining, as ratios to plain training."""
+"""Commands around `racecar.bench` that are not installed: the GPU run, single operators, forms of a convolution."""

@@ -176,7 +176,7 @@ def measure_into(options: argparse.Namespace, device: str) -> int:
         torch.set_num_threads(1)  # tiny inputs; two threads that wait for each other on a busy machine take minutes
     torch.backends.cudnn.benchmark = True
     batch = 2 if dry else network.gpu_batch
-    results = measure_network(
+    measured = measure_network(
         network,
         batch=batch,
         rounds=options.rounds or (2 if dry else 30),
@@ -188,10 +188,9 @@ def measure_into(options: argparse.Namespace, device: str) -> int:
     step = {
         "dry_run": dry,
         "device": device,
-        "batch": batch,
         "dtype": dtype,
         "tf32_convolutions": bool(torch.backends.cudnn.allow_tf32) and not dry,
-        "results": [r.as_json() for r in results],
+        **measured.as_json(),
     }
     (options.out / "measured.json").write_text(json.dumps(step))
     return 0

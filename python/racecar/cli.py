@@ -179,3 +179,93 @@ def report(
     except OSError as error:
         fail(f"cannot write {error.filename or f'into {folder}'}: {error.strerror or error}", code=1)
     console.print(f"Report: {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    networks: Annotated[
+        list[str] | None, typer.Argument(metavar="[NETWORK]...", help="Which to measure; see --list. \\[default: all]")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="'cpu': the networks that have targets, and the table of targets.")
+    ] = None,
+    contestants: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Only those whose name contains TEXT, and Std.")
+    ] = None,
+    backends: Annotated[
+        str | None, typer.Option(help="Ours once more with these backends forced: 'all', or names with commas.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples per step. \\[default: the network's own]")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each contestant.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="PyTorch's threads. \\[default: PyTorch's choice]")] = None,
+    compile_: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="The plain reverse pass under torch.compile too: minutes."),
+    ] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny inputs, 2 rounds: does it run, not how fast.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Machine, versions and figures, written after every network.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out the networks whose figures --json already holds.")
+    ] = False,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Put the ratios between <!-- measured:begin ... --> and <!-- measured:end -->."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the ratios as .png or .svg.")] = None,
+    where: Annotated[
+        bool,
+        typer.Option(
+            "--where",
+            help="Measure nothing but which layer keeps what for the backward pass; --markdown then fills in between "
+            "<!-- where:begin ... --> and <!-- where:end -->.",
+        ),
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="Two files of results against each other.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Networks, suites, contestants and backends.")] = False,
+) -> None:
+    """Measure step time, kept and peak bytes against plain training, on this machine's CPU.
+
+    Everybody trains in one process, in turns; ratios are medians over rounds of the ratio within a round. Gradients are
+    held against float64 before any figure. How: docs/benchmarking.md.
+    """
+    # PyTorch's profiler, which measures the bytes, remarks on memory that is older than itself.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from .bench import terminal
+    from .bench.gradients import WrongGradientError
+    from .bench.results import ResultsError
+    from .bench.tables import MarksError
+
+    console = Console()
+    try:
+        if list_:
+            terminal.listing(console)
+        elif compare is not None:
+            terminal.compare(*compare, console)
+        else:
+            options = terminal.Options(
+                tuple(networks or ()), suite, contestants, backends, batch, rounds, threads, compile_, quick, json, resume,
+                markdown, plot,
+            )  # fmt: skip
+            (terminal.where if where else terminal.run)(options, console)
+    except ModuleNotFoundError as error:
+        fail(f"this needs {error.name}, which is not installed: pip install 'racecar-kernels[demo]'", code=1)
+    except (terminal.OptionsError, ResultsError, MarksError) as error:
+        fail(str(error), code=2)
+    except WrongGradientError as error:
+        fail(str(error), code=1)
+    except OSError as error:
+        fail(f"cannot write {error.filename or 'the results'}: {error.strerror or error}", code=1)
+    except KeyboardInterrupt:
+        kept = (
+            f"{json} holds the networks that were finished; --resume goes on"
+            if json
+            else "nothing was kept (no --json)"
+        )
+        Console(stderr=True).print(f"[bold red]stopped[/] before the end; {escape(kept)}", soft_wrap=True)
+        raise typer.Exit(130) from None

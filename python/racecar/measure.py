@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Spread", "Timing", "kept_bytes", "peak_bytes", "ratios", "step_times"]
+__all__ = ["Kept", "Spread", "Timing", "kept_bytes", "kept_storages", "peak_bytes", "ratios", "step_times"]
 
 
 def kept_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
@@ -39,22 +40,57 @@ def kept_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     Returns:
         Bytes. On CUDA run one step beforehand: libraries allocate their workspaces at the first call and keep them.
     """
+    return sum(kept.size for kept in kept_storages(run, parameters))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One storage that is kept for the backward pass.
+
+    Attributes:
+        size: its bytes.
+        tensors: detached views of it: what autograd saved, and what Python holds. Empty where only compiled code does.
+    """
+
+    size: int
+    tensors: tuple[Tensor, ...]
+
+
+def kept_storages(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> list[Kept]:
+    """What `kept_bytes` counts, storage by storage, to find out what each of them is.
+
+    Args, Returns: as `kept_bytes`; the tensors of the result keep their memory alive.
+    """
     owned = {_address(p) for p in parameters}
-    saved: dict[int, tuple[int, torch.UntypedStorage]] = {}  # holding the storage keeps its address from being reused
+    saved: dict[int, list[Tensor]] = {}  # holding a tensor keeps its storage's address from being reused
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            saved[storage.data_ptr()] = (storage.nbytes(), storage)
-        return tensor.detach()  # a saved result that held its own graph would never be released
+        plain = tensor.detach()  # a saved result that held its own graph would never be released
+        if _address(tensor) not in owned:
+            saved.setdefault(_address(tensor), []).append(plain)
+        return plain
 
     with _memory_profile() as prof, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = run()
     kept = {address: size for address, size in _alive(prof).items() if address not in owned}
     kept.pop(_address(loss), None)
-    kept.update({address: size for address, (size, _) in saved.items()})
+    kept.update({address: tensors[0].untyped_storage().nbytes() for address, tensors in saved.items()})
+    held = _held_in_python(kept.keys() - saved.keys())
     del loss
-    return sum(kept.values())
+    return [Kept(size, (*saved.get(address, ()), *held.get(address, ()))) for address, size in kept.items()]
+
+
+def _held_in_python(addresses: AbstractSet[int]) -> dict[int, list[Tensor]]:
+    """Tensors of these storages that some object of Python refers to, such as what a checkpoint computes again from."""
+    found: dict[int, list[Tensor]] = {}
+    if not addresses:
+        return found
+    for candidate in gc.get_objects():
+        if type(candidate) in (Tensor, torch.nn.Parameter):
+            tensor = candidate.detach()
+            if tensor.layout == torch.strided and tensor.device.type != "meta" and _address(tensor) in addresses:
+                found.setdefault(_address(tensor), []).append(tensor)
+    return found
 
 
 def peak_bytes(step: Callable[[], object], *, device: torch.device | str = "cpu") -> int:

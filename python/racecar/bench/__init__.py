@@ -1,4 +1,4 @@
-"""The benchmark behind `racecar bench`: step time, kept and peak bytes of reverse-pass pretraining against plain training.
+"""The benchmark behind `racecar bench`: step time, kept and peak bytes, as ratios to plain training.
 
 networks, residual   what is trained
 contestants          who trains it; plain and checkpointed: the reverse pass in plain PyTorch

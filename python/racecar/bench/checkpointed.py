@@ -1,8 +1,8 @@
 """The reverse pass in plain PyTorch with activation checkpointing: memory first, as an expert writes it.
 
 One checkpoint per layer and direction. What stays alive is what a layer received, d_m, and (full) what came back to it
-before its pooling is undone, a_m: undoing it, the residual and the next transposed operation are one checkpoint, so that
-nothing at the full resolution crosses from one to the next. Everything else is computed again in the backward pass.
+before its pooling is undone, a_m: undoing it, the residual and the next transposed operation are one checkpoint, so
+that nothing at the full resolution crosses from one to the next. Everything else is computed again in the backward.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ def forward_and_losses(
 
 
 def _again(layer: Layer | None, run: Callable[..., Any], *arguments: Any) -> Any:
-    """`run(*arguments)`, once now and once in the backward pass; the random state is kept where the layer draws on it."""
+    """`run(*arguments)`, now and again in the backward pass, with the same random state where the layer draws on it."""
     random = layer is not None and any(isinstance(module, nn.Dropout) for module in (*layer.pre, *layer.latent))
     return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=random)

@@ -82,7 +82,7 @@ def _compiled(variant: str) -> Prepare:
 def _explaining(forward: Forward) -> Forward:
     """Turns what PyTorch's compiler refuses, or a missing C++ compiler, into one sentence."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-    
+
     def run() -> Tensor:
         try:
             return forward()
@@ -160,5 +160,7 @@ def contestants(
     everybody += [contestant for name in backends for contestant in _of_ours(name)]
     found = [c for c in everybody if c.name == STD or containing is None or containing in c.name]
     if containing is not None and containing != STD and len(found) == 1:
-        raise ValueError(f"no contestant's name contains {containing!r}; there are {'; '.join(c.name for c in everybody)}")
+        raise ValueError(
+            f"no contestant's name contains {containing!r}; there are {'; '.join(c.name for c in everybody)}"
+        )
     return found

@@ -59,9 +59,9 @@ def check_gradients(
 ) -> dict[str, str]:
     """Holds every contestant against the plain reverse pass of its variant, on a small instance.
 
-    In float64 the two must agree; the error is taken relative to the reverse pass's own share of the gradient, since that
-    is what can be wrong: relative to the whole gradient it would hide behind the small λ. In float32 (`single`), with
-    λ = 1 for the same reason, a contestant may be off from the float64 gradient by at most twice what plain PyTorch's
+    In float64 the two must agree; the error is taken relative to the reverse pass's own share of the gradient, since
+    that is what can be wrong: relative to the whole gradient it would hide behind the small λ. In float32 (`single`),
+    with λ = 1 for the same reason, a contestant may be off from the float64 gradient by at most twice what plain PyTorch's
     float32 is off, norm-wise, over seven draws of all parameters and inputs: its median, against plain PyTorch's 80th
     percentile. The two are the same but for deep chains of batch norms, where now and then a ReLU falls on the other
     side of zero in float32, and the error is a hundred times that of other draws, for plain PyTorch as for anybody.
@@ -125,7 +125,7 @@ def _check_single(
 
 
 def _drawn(network: Network, net: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
-    """Parameters near those of `net` and an input, representable in float32, so that both dtypes see the same numbers."""
+    """Parameters near those of `net` and an input, exact in float32, so that both dtypes see the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for leaf in (*net.parameters(), x):
@@ -141,4 +141,3 @@ def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return torch.stack([t.square().sum() for t in tensors]).sum().sqrt().item()
-

@@ -1,12 +1,12 @@
 """The fewest multiplications that training with a reverse pass can take, as a multiple of plain training's.
 
-Plain training multiplies three times per tied operation: forward, gradient of the weight, gradient of the input (which the
-first one does not need). A reverse layer multiplies three times as well: the transposed operation, the gradient of its
-source and of the weight, all three of the same size. That makes twice plain training, but for what folding saves: a
-transposed convolution of a source that was up-sampled by f, which is how a pooling is undone, is a strided one of the small
-source whose kernel holds every distinct offset s·i + d·j (0 ≤ i < f, 0 ≤ j < k; stride s, dilation d): k + f - 1 per
-dimension where s = d = 1. A full reverse has such sources wherever the network pools; a local one starts from what the
-layer gave and has none. A network's own nearest up-sampling in front of a convolution folds in the same way, forwards.
+Plain training multiplies three times per tied operation: forward, gradient of the weight, gradient of the input (which
+the first one does not need). A reverse layer multiplies three times as well: the transposed operation, the gradient of
+its source and of the weight, all three of the same size. That makes twice plain training, but for what folding saves:
+a transposed convolution of a source that was up-sampled by f, which is how a pooling is undone, is a strided one of the
+small source whose kernel holds every distinct offset s·i + d·j (0 ≤ i < f, 0 ≤ j < k; stride s, dilation d): k + f - 1
+per dimension where s = d = 1. A full reverse has such sources wherever the network pools; a local one starts from what
+the layer gave and has none. A network's own nearest up-sampling in front of a convolution folds likewise, forwards.
 
 Only products of tied operations count: no norm, no activation, no memory traffic. It is a bound on arithmetic done
 directly; a Winograd or FFT convolution multiplies less still.
@@ -56,12 +56,12 @@ def least_ratio(net: nn.Module, x: Tensor, variant: str) -> float:
         variant: `full` or `local`.
     """
     shapes = _shapes(net, x)
-    forward = {op: multiply_adds(op, output) for op, (_, output) in shapes.items()}
+    forward: dict[nn.Module, float] = {op: multiply_adds(op, output) for op, (_, output) in shapes.items()}
     first = next(iter(forward.values()))
     plain = 3 * sum(forward.values()) - first
     best = dict(forward)
-    reverse = 0
-    for layers in (layers_of(net.get_submodule(part.path)) for part in parts_of(net)):
+    reverse = 0.0
+    for layers in (layers_of(part.chain(net)) for part in parts_of(net)):
         for m, layer in enumerate(layers):
             own = layer.op
             best[own] = min(best[own], _forward_folded(layer, shapes[own]))
@@ -101,7 +101,7 @@ def _shapes(net: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Shape, Shape]]:
     """Tied operation -> shapes of its input and output, in the order in which they run."""
     originals = [module for module in net.modules() if isinstance(module, TIED)]
     shadow = copy.deepcopy(net).to("meta")
-    copies = [module for module in shadow.modules() if isinstance(module, TIED)]
+    copies: list[nn.Module] = [module for module in shadow.modules() if isinstance(module, TIED)]
     found: dict[nn.Module, tuple[Shape, Shape]] = {}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -62,7 +62,7 @@ def in_source_tree() -> bool:
 
 
 def commit() -> str:
-    """Commit of the tree that is measured, `-dirty` behind it where files differ; `unknown` if installed or without git."""
+    """Commit of the measured tree, `-dirty` behind it where files differ; `unknown` if installed or without git."""
     if not in_source_tree():
         return "unknown"
     try:

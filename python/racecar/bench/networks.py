@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .residual import resnet110, weather
+from .residual import channels_last, resnet110, weather
 
 POOL = "pool"
 UP = "up"
@@ -71,7 +71,7 @@ def conv_chain(
                 modules.append(nn.BatchNorm2d(width))
             modules.append(nn.ReLU())
             channels = width
-    return nn.Sequential(*modules).to(memory_format=torch.channels_last)
+    return channels_last(nn.Sequential(*modules))
 
 
 def mnist(divisor: int) -> nn.Sequential:

@@ -5,9 +5,9 @@ does: `F.mse_loss` instead of a difference that autograd keeps twice, activation
 `F.interpolate` to undo a pooling, a transposed convolution with `output_padding` instead of a padded copy, a periodic
 convolution's adjoint as a periodic convolution instead of borders that are summed back.
 
-Serves chains of Linear and Conv1d/2d/3d with numeric zero padding (or circular padding that keeps the size), batch norm,
-elementwise activations, non-overlapping pooling, nearest up-sampling and dropout: the networks of `networks` and most of
-the contract's.
+Serves chains of Linear and Conv1d/2d/3d with numeric zero padding (or circular padding that keeps the size), batch
+norm, elementwise activations, non-overlapping pooling, nearest up-sampling and dropout: the networks of `networks` and
+most of the contract's.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def forward_and_losses(
 
 
 def run_forward(layer: Layer, d: Tensor) -> tuple[Tensor, list[torch.Size]]:
-    """What a layer gives, and the shapes of what every `pre` receives and, last, of what the tied operation receives."""
+    """What a layer gives; the shapes of what every `pre` receives and, last, of what the tied operation receives."""
     sizes = [d.shape]
     for module in layer.pre:
         d = module(d)
@@ -146,10 +146,7 @@ def reversed_parts(model: nn.Module, variant: str, run: Losses = forward_and_los
     """The model with every part of it that runs backwards replaced by a `ReversedPart`, and those parts."""
     found = []
     for part in parts_of(model):
-        chain = model.get_submodule(part.path)
-        if not isinstance(chain, nn.Sequential):
-            raise TypeError(f"a part that runs backwards is an nn.Sequential, got {type(chain).__name__}")
-        reverse = ReversedPart(chain, variant, part.input_activation, run)
+        reverse = ReversedPart(part.chain(model), variant, part.input_activation, run)
         found.append(reverse)
         if not part.path:
             return reverse, found
@@ -178,7 +175,7 @@ def transposed(op: nn.Module, y: Tensor, size: torch.Size) -> Tensor:
 
 
 def _transposed_circular(op: Any, y: Tensor, size: torch.Size) -> Tensor:
-    """A periodic convolution that keeps the size has a periodic convolution as its adjoint, with the kernel turned round."""
+    """The adjoint of a periodic convolution that keeps the size is a periodic one with the kernel turned round."""
     around = [(k - 1) // 2 for k in op.kernel_size]
     if y.shape[2:] != size[2:] or op.padding != tuple(around) or any(n != 1 for n in (*op.stride, *op.dilation)):
         raise NotImplementedError(f"circular padding is served where it keeps the size of stride 1, got {op}")

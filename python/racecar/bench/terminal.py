@@ -1,0 +1,272 @@
+"""`racecar bench` on a terminal: measures under a progress bar, prints and writes. Needs rich, a plot matplotlib."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import racecar_kernels as rk
+
+from . import comparison, machine, results, tables, targets
+from .contestants import COMPILED, CONTESTANTS, STD, CannotRunError, Contestant, contestants
+from .networks import NETWORKS, Network
+from .results import Report
+from .steps import Measured, measure_network
+from .where import Row, kept_by_layer
+
+MARKS, WHERE_MARKS = "measured", "where"
+QUICK_COMPILES = "mlp"  # the one network that --quick compiles: the rest would take minutes
+PICTURES = (".png", ".svg")
+
+
+class OptionsError(ValueError):
+    """What was asked for cannot be done; the message is one sentence that says what can."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and what to write; see `racecar bench --help`."""
+
+    networks: tuple[str, ...] = ()
+    suite: str | None = None
+    contestants: str | None = None
+    backends: str | None = None
+    batch: int | None = None
+    rounds: int = 15
+    threads: int | None = None
+    compile: bool = True
+    quick: bool = False
+    json: Path | None = None
+    resume: bool = False
+    markdown: Path | None = None
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.networks if name not in NETWORKS]
+        if unknown:
+            raise OptionsError(f"no network is named {', '.join(unknown)}; there are {', '.join(NETWORKS)}")
+        if self.suite is not None and self.suite not in targets.SUITES:
+            raise OptionsError(f"no suite is named {self.suite}; there is {', '.join(targets.SUITES)}")
+        for name, value in (("batch", self.batch), ("rounds", self.rounds), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise OptionsError(f"--{name} is a whole number from 1, got {value}")
+        if self.resume and self.json is None:
+            raise OptionsError("--resume goes on with the results in a file; say which with --json FILE")
+        if self.plot is not None and self.plot.suffix not in PICTURES:
+            raise OptionsError(f"--plot writes {' or '.join(PICTURES)}, got {self.plot}")
+        for name, path in (("json", self.json), ("plot", self.plot)):
+            if path is not None and path.is_dir():
+                raise OptionsError(f"--{name} is a file to write, {path} is a folder")
+
+    def names(self) -> list[str]:
+        """The networks to measure, in order."""
+        suite = targets.SUITES[self.suite].networks if self.suite else ()
+        return list(dict.fromkeys((*suite, *self.networks))) or list(NETWORKS)
+
+    def backend_names(self) -> list[str]:
+        """The backends that are forced, besides the one that is chosen by itself."""
+        if self.backends is None:
+            return []
+        return list(rk.backends()) if self.backends == "all" else self.backends.split(",")
+
+    def contestants_of(self, network: str) -> list[Contestant]:
+        """Raises OptionsError for a backend or a contestant that there is not."""
+        compiled = self.compile and (not self.quick or network == QUICK_COMPILES)
+        try:
+            found = contestants(compiled=True, backends=self.backend_names(), containing=self.contestants)
+        except ValueError as error:
+            raise OptionsError(str(error)) from None
+        return found if compiled else [c for c in found if not c.compiled]
+
+    def settings(self) -> dict[str, object]:
+        """What figures depend on, for --resume."""
+        return {
+            "quick": self.quick,
+            "batch": self.batch,
+            "rounds": self.rounds,
+            "contestants": self.contestants,
+            "backends": self.backends,
+            "compile": self.compile,
+        }
+
+
+def run(options: Options, console: Console) -> Report:
+    """Measures what is asked for; prints a table per network, and the suite's target table.
+
+    Every network's figures are in the JSON file before the next network begins.
+
+    Raises:
+        OptionsError, results.ResultsError, tables.MarksError: bad input, before anything is measured.
+        racecar.bench.gradients.WrongGradientError: a contestant is wrong.
+    """
+    for name in options.names():
+        options.contestants_of(name)
+    if options.markdown:
+        tables.check_marks(options.markdown, MARKS)
+    if options.plot:
+        from . import plot  # says that matplotlib is missing before hours of measuring
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    fresh = Report(machine.facts(), options.settings())
+    report = results.taken_up(options.json, fresh) if options.json and options.resume else fresh
+    _print(console, report.where)
+    for name in options.names():
+        if name in report.networks:
+            _print(console, f"\n{name}: already in {options.json}")
+        else:
+            report.networks[name] = _measured(name, options, console)
+            if options.json:
+                report.write(options.json)
+        _print(console, "\n" + tables.table(report.networks[name]))
+    chosen = {name: report.networks[name] for name in options.names()}
+    sections = [tables.markdown(measured) for measured in chosen.values()]
+    if options.suite:
+        cells = targets.rows(targets.SUITES[options.suite].targets, chosen)
+        _print(console, "\nTargets, as ratios to plain training\n" + tables.text_table(targets.HEAD, cells))
+        sections.append(tables.markdown_table(targets.HEAD, cells))
+    if options.markdown:
+        tables.write_between_marks(options.markdown, MARKS, "\n\n".join(["", *sections, f"{report.where}."]))
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot.draw(chosen, options.plot, report.where)
+    written = [str(path) for path in (options.json, options.markdown, options.plot) if path]
+    if written:
+        _print(console, f"\nwritten: {', '.join(written)}")
+    return report
+
+
+def _measured(name: str, options: Options, console: Console) -> Measured:
+    network = NETWORKS[name]
+    rounds = 2 if options.quick else options.rounds
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    with progress:
+        bar = progress.add_task(name, total=rounds)
+        return measure_network(
+            network,
+            options.contestants_of(name),
+            batch=_batch(network, options),
+            rounds=rounds,
+            warmup=1 if options.quick else 2,
+            tiny=options.quick,
+            stage=lambda words: progress.update(bar, description=f"{name}: {words}"),
+            progress=lambda done: progress.update(bar, completed=done),
+        )
+
+
+def _batch(network: Network, options: Options) -> int:
+    return options.batch or (2 if options.quick else network.batch)
+
+
+def compare(a: Path, b: Path, console: Console) -> None:
+    """Prints every figure of both files, and which moved by more than the noise.
+
+    Raises:
+        results.ResultsError: one of them holds no results, or they share no case.
+    """
+    first, second = results.read(a), results.read(b)
+    found, remarks = comparison.compare(first, second, (a, b))
+    _print(console, f"A  {a}: {first.where}\nB  {b}: {second.where}\n")
+    _print(console, tables.text_table(comparison.HEAD, comparison.rows(found)))
+    moved = sum(d.moved for d in found)
+    how = "a time or its ratio beyond both ranges from 20th to 80th percentile, bytes at all"
+    _print(console, f"\n{moved} of {len(found)} figures moved: {how}")
+    for remark in remarks:
+        _print(console, remark)
+
+
+def where(options: Options, console: Console) -> None:
+    """Prints which layer of a network keeps what, contestant beside contestant.
+
+    Raises:
+        OptionsError, tables.MarksError: bad input.
+    """
+    if options.suite or options.json or options.resume:
+        raise OptionsError("--where takes networks, --contestants, --batch, --quick, --markdown and --plot only")
+    if options.markdown:
+        tables.check_marks(options.markdown, WHERE_MARKS)
+    if options.plot:
+        from . import where_plot
+    sections, pictures = [], {}
+    for name in options.names():
+        network = NETWORKS[name]
+        rows: dict[str, list[Row]] = {}
+        for contestant in _of_where(network, options):
+            try:
+                rows[contestant.name] = kept_by_layer(
+                    network, contestant, batch=_batch(network, options), tiny=options.quick
+                )
+            except CannotRunError as reason:
+                _print(console, f"{contestant.name}: {reason}")
+        title = f"{network.title}, batch {_batch(network, options)}: kB kept for the backward pass"
+        head, cells = _where_cells(title, rows)
+        _print(console, "\n" + tables.text_table(head, cells))
+        sections.append(tables.markdown_table(head, cells))
+        pictures[title] = rows
+    if options.markdown:
+        tables.write_between_marks(options.markdown, WHERE_MARKS, "\n\n".join(["", *sections]))
+    if options.plot:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        where_plot.draw(pictures, options.plot)
+
+
+def _of_where(network: Network, options: Options) -> list[Contestant]:
+    """Who is asked: plain training, the plain reverse pass and ours, unless --contestants says otherwise."""
+    if options.contestants is not None or options.backends is not None:
+        found = options.contestants_of("")
+    else:
+        wanted = {"full": ("store", "recompute"), "local": ("deferred",)}
+        if "full" not in network.variants:
+            wanted = {"local": ("store", "deferred")}
+        first = network.variants[0]
+        names = [STD, f"plain PyTorch, {first}", *(f"ours, {v}, {m}" for v in wanted for m in wanted[v])]
+        found = [c for c in CONTESTANTS if c.name in names]
+    return [c for c in found if c.variant in (None, *network.variants) and c not in COMPILED]
+
+
+def _where_cells(title: str, rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
+    """One line per layer and kind of tensor, one column per contestant, and the sum."""
+    order: list[tuple[int, str, str]] = []
+    sizes: dict[tuple[int, str, str], dict[str, int]] = {}
+    for contestant, own in rows.items():
+        for row in own:
+            key = (row.layer or 10**6, row.name, row.role)
+            sizes.setdefault(key, {})[contestant] = row.kept
+            if key not in order:
+                order.append(key)
+    order.sort(key=lambda key: key[0])
+    cells, last = [], ""
+    for key in order:
+        name = "" if key[1] == last else key[1]
+        last = key[1]
+        cells.append([name, key[2], *(_kilobytes(sizes[key].get(c)) for c in rows)])
+    total = [_kilobytes(sum(row.kept for row in own)) for own in rows.values()]
+    return [title, "tensor", *rows], [*cells, ["all", "", *total]]
+
+
+def _kilobytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e3:.1f}"
+
+
+def listing(console: Console) -> None:
+    """Prints the networks, suites, contestants and backends that there are."""
+    _print(console, "networks")
+    for name, network in NETWORKS.items():
+        _print(console, f"  {name:10} {network.title}, batch {network.batch}: {' and '.join(network.variants)}")
+    _print(console, "suites")
+    for name, suite in targets.SUITES.items():
+        _print(console, f"  {name:10} {', '.join(suite.networks)}; prints their targets")
+    _print(console, "contestants")
+    for contestant in contestants(compiled=True):
+        _print(console, f"  {contestant.name}")
+    _print(console, f"backends, in order of preference\n  {', '.join(rk.backends())}")
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
