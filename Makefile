@@ -12,10 +12,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench gpu clean
+.PHONY: help install demo test lint format bench bench-ops gpu clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 install: $(STAMP) ## .venv with the package, its extension and all tools
 
@@ -51,7 +51,11 @@ format: $(STAMP) ## rewrites the sources the way lint wants them
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 bench: $(STAMP) ## step time, kept and peak bytes against plain training, on this CPU
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/racecar bench $(ARGS)
+
+bench-ops: $(STAMP) ## single operators and chains by pytest-benchmark; ARGS="-k MNIST" for some
+	$(BIN)/python -m pytest bench/test_ops.py --benchmark-only --benchmark-group-by=group --benchmark-sort=mean \
+	  --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # On purpose without .venv: a GPU machine has its own PyTorch, and perhaps no network.
 gpu: ## tests and figures on a GPU into OUT=dir, with PYTHON's own PyTorch; DRY=1: the same code on the CPU

@@ -111,6 +111,22 @@ CASES = [
     _case("source up-sampled", (2, 3, 4, 4), _conv(3, 4, 3, padding=1), undo=_up(2)),
 ]  # fmt: skip
 
+# Sizes as they occur in training, for `make bench-ops`: layers of the networks in racecar.bench.networks.
+REALISTIC = [
+    _case("MNIST, layer 1", (64, 1, 28, 28), _conv(1, 64, 3, padding=1), undo=_max_pool(2)),
+    _case("MNIST, layer 2", (64, 64, 28, 28), _conv(64, 64, 3, padding=1), _max_pool(2), _relu, _max_pool(2)),
+    _case("CIFAR, layer 2", (16, 64, 32, 32), _conv(64, 64, 3, padding=1),
+          latent=lambda: [nn.BatchNorm2d(64), nn.ReLU()], undo=_max_pool(2)),
+    _case("CIFAR, layer 9", (16, 512, 4, 4), _conv(512, 512, 3, padding=1),
+          latent=lambda: [nn.BatchNorm2d(512), nn.ReLU()]),
+    _case("VGG19, layer 4", (1, 128, 112, 112), _conv(128, 128, 3, padding=1), latent=_relu, undo=_max_pool(2)),
+    _case("weather, one of 38", (1, 128, 32, 64), _conv(128, 128, 3, padding=1, padding_mode="circular"),
+          latent=lambda: [nn.LeakyReLU(0.3), nn.BatchNorm2d(128)]),
+    _case("MLP, layer 1", (512, 12), lambda: nn.Linear(12, 10)),
+    _case("MLP, layer 2", (512, 10), lambda: nn.Linear(10, 7), latent=lambda: [nn.Tanh()]),
+    _case("transformer's linear", (8, 196, 384), lambda: nn.Linear(384, 384), latent=lambda: [nn.GELU()]),
+]  # fmt: skip
+
 
 @dataclass
 class Sample:

@@ -90,7 +90,7 @@ def test_one_measurement_in_a_process_of_its_own(tmp_path):
     options = gpu.parser().parse_args(["--out", str(tmp_path), "--dry-run", "--rounds", "1"])
     step = gpu.run_measurement("mnist", "float32", options)
     assert step.get("error") is None and step["dry_run"] is True and step["device"] == "cpu"
-    assert step["results"][0]["contestant"] == "Std" and len(step["results"]) == 8
+    assert step["results"][0]["contestant"] == "Std" and len(step["results"]) == 10
 
 
 def test_a_step_ends_at_its_time_limit():

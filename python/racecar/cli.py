@@ -249,8 +249,8 @@ def bench(
             terminal.compare(*compare, console)
         else:
             options = terminal.Options(
-                tuple(networks or ()), suite, contestants, backends, batch, rounds, threads, compile_, quick, json, resume,
-                markdown, plot,
+                tuple(networks or ()), suite, contestants, backends, batch, rounds, threads, compile_, quick, json,
+                resume, markdown, plot,
             )  # fmt: skip
             (terminal.where if where else terminal.run)(options, console)
     except ModuleNotFoundError as error:

@@ -16,7 +16,8 @@ class MarksError(ValueError):
 def table(measured: Measured) -> str:
     """Plain text: times in ms (20th to 80th percentile), bytes in MB, the three ratios and the least possible one."""
     wide = max((len(r.contestant) for r in measured.results), default=24)
-    head = f"{'':{wide}} {'ms per step':>24} {'x Std':>7} {'least':>6} {'kept MB':>9} {'x Std':>7} {'peak MB':>9} {'x Std':>7}"
+    titles = f"{'ms per step':>24} {'x Std':>7} {'least':>6} {'kept MB':>9} {'x Std':>7} {'peak MB':>9} {'x Std':>7}"
+    head = f"{'':{wide}} {titles}"
     lines = [measured.heading, head, "-" * len(head)]
     for r in measured.results:
         spread = f"{r.time.median * 1e3:.2f} ({r.time.p20 * 1e3:.2f}-{r.time.p80 * 1e3:.2f})"
