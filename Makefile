@@ -15,7 +15,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 .PHONY: help install demo test lint format bench bench-ops gpu clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 install: $(STAMP) ## .venv with the package, its extension and all tools
 

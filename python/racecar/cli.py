@@ -262,10 +262,6 @@ def bench(
     except OSError as error:
         fail(f"cannot write {error.filename or 'the results'}: {error.strerror or error}", code=1)
     except KeyboardInterrupt:
-        kept = (
-            f"{json} holds the networks that were finished; --resume goes on"
-            if json
-            else "nothing was kept (no --json)"
-        )
+        kept = f"{json} holds what was finished; --resume goes on with it" if json else "nothing is kept without --json"
         Console(stderr=True).print(f"[bold red]stopped[/] before the end; {escape(kept)}", soft_wrap=True)
         raise typer.Exit(130) from None

@@ -129,7 +129,7 @@ def run(options: Options, console: Console) -> Report:
         _print(console, "\nTargets, as ratios to plain training\n" + tables.text_table(targets.HEAD, cells))
         sections.append(tables.markdown_table(targets.HEAD, cells))
     if options.markdown:
-        tables.write_between_marks(options.markdown, MARKS, "\n\n".join(["", *sections, f"{report.where}."]))
+        tables.write_between_marks(options.markdown, MARKS, "\n\n".join([*sections, f"{report.where}."]))
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot.draw(chosen, options.plot, report.where)
@@ -210,7 +210,7 @@ def where(options: Options, console: Console) -> None:
         sections.append(tables.markdown_table(head, cells))
         pictures[title] = rows
     if options.markdown:
-        tables.write_between_marks(options.markdown, WHERE_MARKS, "\n\n".join(["", *sections]))
+        tables.write_between_marks(options.markdown, WHERE_MARKS, "\n\n".join(sections))
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         where_plot.draw(pictures, options.plot)

@@ -33,7 +33,8 @@ POOLED, PLACES, PADDED = "pooled copy", "pooling indices", "padded copy"
 STATISTICS, BUFFERS = "norm statistics", "running statistics"
 SOURCE, COMES_BACK, BACK = "reverse: y - b", "reverse: u", "reverse: a"
 BACK_PADDED, BACK_PLACES = "reverse: padded copy", "reverse: pooling indices"
-UNDONE, RESIDUAL, OTHER = "reverse: undone copy", "reverse: residual", "not recognised"
+UNDONE, RESIDUAL = "reverse: undone copy", "reverse: residual"
+LOSSES, RANDOM, OTHER = "losses, scalars", "random state", "not recognised"
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def kept_by_layer(
     named = named_tensors(net, x, contestant.variant or "local", reverse=contestant.variant is not None)
     sums: dict[tuple[int, str], int] = {}
     buffers = {b.untyped_storage().data_ptr() for b in own.buffers()}
-    for kept in found:
-        match = _recognised(kept, named, buffers)
-        sums[match] = sums.get(match, 0) + kept.size
     names = ["", *layer_names(net)]
+    for kept in found:
+        match = _recognised(kept, named, buffers, len(names))
+        sums[match] = sums.get(match, 0) + kept.size
     order = {key: i for i, key in enumerate(dict.fromkeys((n.layer, n.role) for n in named))}
     return [
         Row(layer, names[layer], role, size)
@@ -117,7 +118,7 @@ def _operation(op: nn.Module) -> str:
     return f"{type(op).__name__} {sizes[0]}->{sizes[1]}"
 
 
-def _recognised(kept: Kept, named: Sequence[Named], buffers: set[int]) -> tuple[int, str]:
+def _recognised(kept: Kept, named: Sequence[Named], buffers: set[int], scalars: int) -> tuple[int, str]:
     if any(tensor.untyped_storage().data_ptr() in buffers for tensor in kept.tensors):
         return 0, BUFFERS
     views = {(t.shape, t.stride(), t.storage_offset()): t for t in kept.tensors}
@@ -125,6 +126,11 @@ def _recognised(kept: Kept, named: Sequence[Named], buffers: set[int]) -> tuple[
     for one in named:
         if any(one.is_in(tensor, size) for tensor, size in sized):
             return one.layer, one.role
+    if kept.size <= 8 * scalars and all(tensor.dim() < 2 for tensor in kept.tensors):  # a number per layer at most
+        return 0, LOSSES
+    state = torch.get_rng_state()
+    if any(tensor.dtype == state.dtype and tensor.shape == state.shape for tensor in kept.tensors):
+        return 0, RANDOM  # of a checkpoint around dropout
     return 0, OTHER
 
 
