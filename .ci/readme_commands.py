@@ -33,8 +33,12 @@ SKIP = {
 QUICKER = [
     (r"^make demo\b(?!.*ARGS)", 'make demo ARGS="--quick"'),
     (r"^(\.venv/bin/)?racecar demo\b(?!.*(--quick|--help))", "racecar demo --quick"),
-    (r"^make bench\b(?!.*ARGS)", 'make bench ARGS="--quick mnist mlp"'),
-    (r"^python -m bench\b(?!.*--quick)", "python -m bench --quick"),
+    (r"^make bench(?!-)(?!.*--quick).*", 'make bench ARGS="--quick --no-compile mnist mlp"'),
+    (r"^make bench-ops\b.*", 'make bench-ops ARGS="-k MLP"'),
+    (
+        r"^(\.venv/bin/)?racecar bench\b(?!.*(--quick|--help|--list|--compare|--where)).*",
+        "racecar bench --quick --no-compile mnist mlp",
+    ),
 ]
 
 

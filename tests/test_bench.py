@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -295,6 +298,21 @@ def test_measured_ratios_of_the_plain_reverse_pass():
 def test_a_variant_that_a_network_does_not_have_is_left_out():
     measured = steps.measure_network(NETWORKS["resnet110"], PLAIN[1:], batch=2, tiny=True, rounds=1, warmup=0)
     assert [r.contestant for r in measured.results] == ["Std", "plain PyTorch, local"]
+
+
+def test_measuring_needs_nothing_but_pytorch():
+    """A GPU machine has no more than that; terminal and plots need other packages."""
+    code = "import sys; import racecar.bench.steps as s; print({'rich', 'typer', 'matplotlib'} & set(sys.modules))"
+    paths = [str(machine.ROOT / "python"), str(machine.ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_an_installed_package_names_no_commit(tmp_path, monkeypatch):
+    """Around it there may be a repository of something else."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == "unknown" and machine.sources()
 
 
 def test_machine_facts_are_complete_and_anonymous():

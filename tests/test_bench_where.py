@@ -97,7 +97,7 @@ def test_the_command_fills_in_a_page_and_draws(tmp_path):
     words = ["bench", "--where", "mnist", "resnet110", "--quick", "--markdown", str(page), "--plot", str(picture)]
     done = CliRunner().invoke(app, words, env={"COLUMNS": "300"})
     assert done.exit_code == 0, done.output
-    assert "MNIST (3 conv), 28x28, batch 2: kB kept for the backward pass" in done.output
+    assert "MNIST (3 conv), 28x28, batch 2: kB kept for the backward pass\nlayer" in done.output
     text = page.read_text()
     assert "old" not in text and "| Std | plain PyTorch, full | ours, full, store |" in text
     assert "| Std | plain PyTorch, local | ours, local, store | ours, local, deferred |" in text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,7 +14,6 @@ from .contestants import STD
 from .steps import Measured, Result
 from .targets import CPU, Target
 
-FORMATS = (".png", ".svg")
 PANELS = {"step": "step time", "kept": "kept bytes", "peak": "peak bytes"}
 
 
@@ -57,7 +56,13 @@ def draw(networks: Mapping[str, Measured], path: Path, where: str, targets: Sequ
     handles.append(Line2D([], [], color="black", linewidth=2.2, label="target"))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     figure.supxlabel(where, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the same bytes for the same figures; the text of an SVG stays text."""
+    with rc_context({"svg.hashsalt": "racecar", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _bar(panel: Axes, key: str, x: float, width: float, result: Result, colour: tuple[float, ...]) -> None:

@@ -205,9 +205,9 @@ def where(options: Options, console: Console) -> None:
             except CannotRunError as reason:
                 _print(console, f"{contestant.name}: {reason}")
         title = f"{network.title}, batch {_batch(network, options)}: kB kept for the backward pass"
-        head, cells = _where_cells(title, rows)
-        _print(console, "\n" + tables.text_table(head, cells))
-        sections.append(tables.markdown_table(head, cells))
+        head, cells = _where_cells(rows)
+        _print(console, f"\n{title}\n{tables.text_table(head, cells)}")
+        sections.append(f"{title}\n\n{tables.markdown_table(head, cells)}")
         pictures[title] = rows
     if options.markdown:
         tables.write_between_marks(options.markdown, WHERE_MARKS, "\n\n".join(sections))
@@ -230,7 +230,7 @@ def _of_where(network: Network, options: Options) -> list[Contestant]:
     return [c for c in found if c.variant in (None, *network.variants) and c not in COMPILED]
 
 
-def _where_cells(title: str, rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
+def _where_cells(rows: dict[str, list[Row]]) -> tuple[list[str], list[list[str]]]:
     """One line per layer and kind of tensor, one column per contestant, and the sum."""
     order: list[tuple[int, str, str]] = []
     sizes: dict[tuple[int, str, str], dict[str, int]] = {}
@@ -247,7 +247,7 @@ def _where_cells(title: str, rows: dict[str, list[Row]]) -> tuple[list[str], lis
         last = key[1]
         cells.append([name, key[2], *(_kilobytes(sizes[key].get(c)) for c in rows)])
     total = [_kilobytes(sum(row.kept for row in own)) for own in rows.values()]
-    return [title, "tensor", *rows], [*cells, ["all", "", *total]]
+    return ["layer", "tensor", *rows], [*cells, ["all", "", *total]]
 
 
 def _kilobytes(size: int | None) -> str:

@@ -27,7 +27,7 @@ from .residual import Part, parts_of
 
 _MAX_POOL = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
 
-INPUT, OUTPUT, PRE_ACTIVATION = "input", "activation", "pre-activation"
+INPUT, OUTPUT, PRE_ACTIVATION, RESULT = "input", "activation", "pre-activation", "network's output"
 NORM_INPUT, NORM_OUTPUT = "norm input", "norm output"
 POOLED, PLACES, PADDED = "pooled copy", "pooling indices", "padded copy"
 STATISTICS, BUFFERS = "norm statistics", "running statistics"
@@ -150,7 +150,7 @@ def named_tensors(net: nn.Module, x: Tensor, variant: str, *, reverse: bool) -> 
     parts = parts_of(net)
     for part in parts:
         net.get_submodule(part.path).register_forward_pre_hook(remember(part.path))  # type: ignore[arg-type]
-    net(x)
+    output = net(x)
     start = 0
     backwards: list[Named] = []
     for part in parts:
@@ -159,6 +159,7 @@ def named_tensors(net: nn.Module, x: Tensor, variant: str, *, reverse: bool) -> 
         found += forward
         backwards += back
         start += len(layers)
+    found.append(Named(0, RESULT, output))  # of a residual network: what the last addition gave
     return found + (backwards if reverse else [])
 
 

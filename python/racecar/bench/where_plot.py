@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from .plot import save
 from .where import Row
 
 
@@ -40,4 +41,4 @@ def draw(networks: Mapping[str, Mapping[str, Sequence[Row]]], path: Path) -> Non
         panel.set_xlabel("MB kept for the backward pass", fontsize=8)
     handles = [Patch(color=colours[role], label=role) for role in roles]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
