@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 import torch
 
 from racecar.bench import machine
+from racecar.bench.contestants import contestants
 from racecar.bench.networks import NETWORKS
 from racecar.bench.steps import measure_network
 
@@ -45,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     described.add_argument("--force", action="store_true", help="repeat steps that the JSON already holds")
     described.add_argument("--limit", type=float, default=LIMIT_S, help=f"seconds per step (default: {LIMIT_S})")
     described.add_argument("--rounds", type=int, help="timed steps of each contestant (default: 30; dry run: 2)")
+    described.add_argument(
+        "--compile", action="store_true", help="the plain reverse pass under torch.compile too: minutes per network"
+    )
     described.add_argument("--measure", nargs=2, metavar=("NETWORK", "DTYPE"), help=argparse.SUPPRESS)
     return described
 
@@ -161,6 +165,7 @@ def run_measurement(network: str, dtype: str, options: argparse.Namespace) -> Re
         argv = ["-m", "bench.gpu", "--out", folder, "--measure", network, dtype]
         argv += ["--dry-run"] if options.dry_run else []
         argv += ["--rounds", str(options.rounds)] if options.rounds else []
+        argv += ["--compile"] if options.compile else []
         done = run(argv, options.limit)
         written = Path(folder) / "measured.json"
         if done["returncode"] == 0 and written.is_file():
@@ -178,6 +183,7 @@ def measure_into(options: argparse.Namespace, device: str) -> int:
     batch = 2 if dry else network.gpu_batch
     measured = measure_network(
         network,
+        contestants(compiled=options.compile),
         batch=batch,
         rounds=options.rounds or (2 if dry else 30),
         warmup=1 if dry else 5,

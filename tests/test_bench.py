@@ -295,6 +295,14 @@ def test_measured_ratios_of_the_plain_reverse_pass():
     assert steps.Measured.from_json(json.loads(json.dumps(measured.as_json()))) == measured
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_measured_in_bfloat16_too(name):
+    measured = steps.measure_network(
+        NETWORKS[name], PLAIN[2:], batch=2, tiny=True, rounds=1, warmup=0, dtype=torch.bfloat16
+    )
+    assert [r.contestant for r in measured.results] == ["Std", "plain PyTorch, local"]
+
+
 def test_a_variant_that_a_network_does_not_have_is_left_out():
     measured = steps.measure_network(NETWORKS["resnet110"], PLAIN[1:], batch=2, tiny=True, rounds=1, warmup=0)
     assert [r.contestant for r in measured.results] == ["Std", "plain PyTorch, local"]

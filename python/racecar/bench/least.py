@@ -109,5 +109,5 @@ def _shapes(net: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Shape, Shape]]:
 
     for module in copies:
         module.register_forward_hook(hook)
-    shadow(torch.empty(x.shape, device="meta"))
+    shadow(torch.empty_like(x, device="meta"))
     return found

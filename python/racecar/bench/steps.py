@@ -179,6 +179,7 @@ def measure_network(
     stage("timing")
     times = step_times(steps, rounds=rounds, warmup=warmup, device=device, progress=progress)
     relative = ratios(times, STD)
+    base = max(1, peak[STD])  # 0 where the old gradients, let go as a step begins, outweigh a tiny input's everything
     results = [
         Result(
             contestant=name,
@@ -187,7 +188,7 @@ def measure_network(
             kept=kept[name],
             kept_ratio=kept[name] / kept[STD],
             peak=peak[name],
-            peak_ratio=peak[name] / peak[STD],
+            peak_ratio=peak[name] / base,
             least=least[name],
         )
         for name in steps

@@ -126,7 +126,8 @@ def run(options: Options, console: Console) -> Report:
     sections = [tables.markdown(measured) for measured in chosen.values()]
     if options.suite:
         cells = targets.rows(targets.SUITES[options.suite].targets, chosen)
-        _print(console, "\nTargets, as ratios to plain training\n" + tables.text_table(targets.HEAD, cells))
+        tiny = "; TINY INPUTS: the verdicts mean nothing" if options.quick else ""
+        _print(console, f"\nTargets, as ratios to plain training{tiny}\n" + tables.text_table(targets.HEAD, cells))
         sections.append(tables.markdown_table(targets.HEAD, cells))
     if options.markdown:
         tables.write_between_marks(options.markdown, MARKS, "\n\n".join([*sections, f"{report.where}."]))
@@ -175,7 +176,7 @@ def compare(a: Path, b: Path, console: Console) -> None:
     _print(console, f"A  {a}: {first.where}\nB  {b}: {second.where}\n")
     _print(console, tables.text_table(comparison.HEAD, comparison.rows(found)))
     moved = sum(d.moved for d in found)
-    how = "a time or its ratio beyond both ranges from 20th to 80th percentile, bytes at all"
+    how = "times and ratios beyond both ranges from 20th to 80th percentile, bytes by over a thousandth"
     _print(console, f"\n{moved} of {len(found)} figures moved: {how}")
     for remark in remarks:
         _print(console, remark)

@@ -94,7 +94,7 @@ def kept_by_layer(
     named = named_tensors(net, x, contestant.variant or "local", reverse=contestant.variant is not None)
     sums: dict[tuple[int, str], int] = {}
     buffers = {b.untyped_storage().data_ptr() for b in own.buffers()}
-    names = ["", *layer_names(net)]
+    names = ["no layer", *layer_names(net)]
     for kept in found:
         match = _recognised(kept, named, buffers, len(names))
         sums[match] = sums.get(match, 0) + kept.size
