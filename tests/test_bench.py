@@ -295,8 +295,8 @@ def test_measured_ratios_of_the_plain_reverse_pass():
     assert steps.Measured.from_json(json.loads(json.dumps(measured.as_json()))) == measured
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_is_measured_in_bfloat16_too(name):
+@pytest.mark.parametrize("name", ["mnist", "weather"])
+def test_networks_are_measured_in_bfloat16_too(name):
     measured = steps.measure_network(
         NETWORKS[name], PLAIN[2:], batch=2, tiny=True, rounds=1, warmup=0, dtype=torch.bfloat16
     )
