@@ -48,7 +48,8 @@ def draw(networks: Mapping[str, Measured], path: Path, where: str, targets: Sequ
         panel.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
         panel.set_ylabel(f"{title}, × Std")
         panel.set_ylim(bottom=0)
-    axes[-1].set_xticks(range(len(networks)), [f"{m.title}\nbatch {m.batch}" for m in networks.values()], fontsize=8)
+    labels = [f"{name}\nbatch {m.batch}" + (", tiny input" if m.tiny else "") for name, m in networks.items()]
+    axes[-1].set_xticks(range(len(networks)), labels, fontsize=9)
     handles: list[Line2D] = [
         Line2D([], [], color=_colour(i, len(names)), linewidth=6, label=name) for i, name in enumerate(names)
     ]
