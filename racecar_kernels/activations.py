@@ -40,10 +40,10 @@ def _prelu_slope(slope: Tensor, u: Tensor) -> Tensor:
 
 
 def prelu_backward(g: Tensor, u: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of PReLU with respect to its input and to its slopes."""
-    negative = u < 0
-    grad = torch.where(negative, g * _prelu_slope(slope, u), g)
-    each = torch.where(negative, u * g, 0)
+    """Gradients of PReLU with respect to its input and to its slopes; at 0 and for NaN the slope's side, as PyTorch."""
+    positive = u > 0
+    grad = torch.where(positive, g, g * _prelu_slope(slope, u))
+    each = torch.where(positive, 0, u * g)
     if slope.numel() == 1:
         return grad, each.sum().view_as(slope)
     return grad, each.sum([d for d in range(u.dim()) if d != 1]).view_as(slope)
