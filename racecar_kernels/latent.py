@@ -90,8 +90,13 @@ def _dense(u: Tensor) -> Tensor:
     return u.contiguous()
 
 
+def _dense_params(params: Params) -> list[Tensor | None]:
+    """ATen's norm kernels below torch.nn.functional take it for granted that values per channel lie side by side."""
+    return [None if t is None else t.contiguous() for t in params]
+
+
 def _norm_forward(u: Tensor, step: Norm, params: Params) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias, mean, var = params
+    weight, bias, mean, var = _dense_params(params)
     if step.kind == "batch":
         return aten.native_batch_norm(u, weight, bias, mean, var, not step.running, 0.0, step.eps)
     weight, bias = _cast(weight, u), _cast(bias, u)  # under autocast the parameters are wider
@@ -103,7 +108,7 @@ def _norm_forward(u: Tensor, step: Norm, params: Params) -> tuple[Tensor, Tensor
 
 def _norm_backward(g: Tensor, step: Norm, params: Params, entry: Entry) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the input, the scale and the shift."""
-    weight, bias, mean, var = params
+    weight, bias, mean, var = _dense_params(params)
     mask = [True, weight is not None, bias is not None]
     u = entry.x
     if step.kind == "batch":
