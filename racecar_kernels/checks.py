@@ -170,7 +170,9 @@ def _check_latent(layer: Layer, shape: tuple[int, ...], y: Tensor, params: Seque
         for t in own:
             if t is not None and t.device != y.device:
                 raise ValueError(f"a tensor of the latent is on {t.device}, y is on {y.device}; use one device")
-        channels = shape[1] if len(shape) > 1 else shape[0]
+        if len(shape) < 2 and isinstance(step, Norm) and step.kind != "layer":
+            raise ValueError(f"{step.kind} norm needs an input (N, C, ...), what comes back has shape {shape}")
+        channels = shape[1] if len(shape) > 1 else 1  # as PReLU counts them
         if isinstance(step, Activation):
             if own and (own[0] is None or own[0].numel() not in (1, channels)):
                 given = None if own[0] is None else own[0].numel()
