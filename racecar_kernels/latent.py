@@ -112,6 +112,8 @@ def _norm_backward(g: Tensor, step: Norm, params: Params, entry: Entry) -> tuple
     mask = [True, weight is not None, bias is not None]
     u = entry.x
     if step.kind == "batch":
+        if g.stride() != u.stride():  # on CPUs ATen misreads a g whose dimensions of size 1 have strides of their own
+            g = torch.empty_like(u).copy_(g)
         return aten.native_batch_norm_backward(
             g, u, weight, mean, var, entry.mean, entry.rstd, not step.running, step.eps, mask
         )
