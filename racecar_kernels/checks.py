@@ -33,6 +33,10 @@ def check(
     slots = sum(layer.tensors for layer in segment.layers)
     if len(params) != slots:
         raise ValueError(f"the latents of these layers take {slots} tensors (some may be None), got {len(params)}")
+    check_tensors(
+        y=y, **_numbered("target", targets), **_numbered("weight", weights), **_numbered("bias", biases),
+        **_numbered("tensor of the latents", params),
+    )  # fmt: skip
     _check_tensor("y", y, y)
     source, at = tuple(y.shape), 0
     for i, layer in enumerate(segment.layers):
@@ -64,8 +68,15 @@ def check_chain(
         )
     if chain.layers[0].tensors:
         raise ValueError("the first layer's latent acts on the reconstructed input alone and takes no tensors")
-    check_tensors(x=x)
+    if not any(layer.compare for layer in chain.layers):
+        raise ValueError("a chain needs at least one layer that is compared; without one it has no loss")
+    check_tensors(
+        x=x, **_numbered("weight", weights), **_numbered("bias", biases),
+        **_numbered("tensor of the norms and activations", params),
+    )  # fmt: skip
     _check_tensor("x", x, x)
+    if not x.dim():
+        raise ValueError("x must be (N, C, *spatial) or (..., features), got a scalar")
     shape, at = tuple(x.shape), 0
     for m, layer in enumerate(chain.layers):
         for step in layer.pre:
@@ -75,6 +86,9 @@ def check_chain(
         full = layer.output_shape(shape, tuple(weights[m].shape))
         if min(full) < 1:
             raise ValueError(f"layer {m + 1} received {shape}, too small for weight {tuple(weights[m].shape)}")
+        if chain.reverses(m):  # φ of the layer below acts on what comes back, which pooling has made smaller
+            below = params[at - layer.tensors : at]
+            _check_latent(layer, layer.input_shape(shape), x, below)
         own = chain.latent(m)
         slots = sum(step.tensors for step in own)
         _check_latent(Layer(layer.tied, latent=own), full, x, params[at : at + slots])
@@ -84,6 +98,11 @@ def check_chain(
 def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of this shape that takes no memory."""
     return torch.empty(1, dtype=x.dtype, device=x.device).expand(shape)
+
+
+def _numbered(name: str, tensors: Sequence[object]) -> dict[str, object]:
+    """The tensors that are there, each with a name to be called by."""
+    return {f"{name} {i + 1}" if len(tensors) > 1 else name: t for i, t in enumerate(tensors) if t is not None}
 
 
 def check_tensors(**tensors: object) -> None:
@@ -125,6 +144,8 @@ def _check_layer(layer: Layer, y: Tensor, target: Tensor, weight: Tensor, bias: 
     if channels != expected:
         what = "input channels" if dims else "input features"
         raise ValueError(f"weight expects {expected} {what}, target has {channels}")
+    if dims and weight.shape[0] % layer.tied.groups:
+        raise ValueError(f"groups={layer.tied.groups} do not divide the {weight.shape[0]} output channels of weight")
     _check_padding(layer, seen)
     if bias is not None:
         _check_tensor("bias", bias, y)
