@@ -129,5 +129,9 @@ def columns(pair: Pair, kernel: Ints, tied: Tied, *, last: bool) -> Tensor:
 def _convolution(pair: Pair, weight: Tensor, tied: Tied) -> Tensor:
     read, padding = padded(pair.read, tied)
     settings = (None, tied.stride, padding, tied.dilation, False, (0,) * tied.dims, tied.groups)
-    found: Tensor = aten.convolution_backward(pair.grad, read, weight, *settings, (False, True, False))[1]
+    operands = (pair.grad, read, weight)
+    if read.dtype == torch.bfloat16 and any(k > n for k, n in zip(weight.shape[2:], read.shape[2:], strict=True)):
+        # oneDNN leaves taps that never meet the image unwritten in channels_last
+        operands = (pair.grad.contiguous(), read.contiguous(), weight.contiguous())
+    found: Tensor = aten.convolution_backward(*operands, *settings, (False, True, False))[1]
     return found
