@@ -165,7 +165,7 @@ Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &wi
   call.job.c2 = c2.value_or(0);
   if (loss)
     call.sum_squares();
-  return gradient(call, call.kernels().grad_reverse, tensor_of(a), sums || call.job.a.shift, g_in, in_place);
+  return gradient(call, call.kernels().grad_reverse, tensor_of(a), sums || std::get<2>(a).has_value(), g_in, in_place);
 }
 
 Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, const Window &window,
@@ -185,7 +185,8 @@ Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, c
   call.job.loss = c2.has_value();
   call.job.c2 = c2.value_or(0);
   call.job.pooled = g_pooled ? g_pooled->const_data_ptr() : nullptr;
-  return gradient(call, call.kernels().grad_forward, tensor_of(d), sums || call.job.d.shift, g_full, in_place);
+  return gradient(call, call.kernels().grad_forward, tensor_of(d), sums || std::get<2>(d).has_value(), g_full,
+                  in_place);
 }
 
 Tensor norm_input_grad_(const Tensor &g, const Tensor &x, const Tensor &mean, const Tensor &k0, const Tensor &k1,
