@@ -15,7 +15,8 @@ def show_config() -> str:
     from . import __version__, extension
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    module, reason = extension.load(), extension.why_not()
+    reason = extension.why_not(warn=False)
+    module = extension.load() if reason is None else None
     state = reason if module is None else f"loaded, {module.simd_level()} instructions"
     lines = [
         f"racecar-kernels {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}",

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from racecar_kernels import extension
 
+pytestmark = pytest.mark.filterwarnings("ignore:racecar_kernels. the compiled extension is not used")
+
 
 @pytest.fixture(autouse=True)
 def _fresh_loader():
-    extension._found.cache_clear()
+    for cached in (extension._found, extension._warn):
+        cached.cache_clear()
     yield
-    extension._found.cache_clear()
+    for cached in (extension._found, extension._warn):
+        cached.cache_clear()
 
 
 def pretend(monkeypatch, result):
-    """Makes the import of the extension return `result`, or raise it."""
+    """Makes the import of the extension return `result`, or raise it; whatever file is there is not looked at."""
+    monkeypatch.setattr(extension, "FOLDER", Path("no such folder"))
 
     def import_module(name):
         assert name == "racecar_kernels._C"
