@@ -1,0 +1,236 @@
+"""Fuzzing `racecar_kernels.pointwise`: every function, every level of SIMD instructions, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from fuzz_judge import check_close
+from fuzz_tensors import Snapshot, Source, dtypes, exact, seeds, strides, values
+from hypothesis import strategies as st
+from torch import Tensor
+
+from racecar_kernels import extension, pointwise
+from racecar_kernels.activations import TABLE
+from racecar_kernels.pointwise import Lazy, Window
+
+MODULE = extension.load()
+LEVELS = ("none",) if MODULE is None else tuple(MODULE.simd_levels())
+# Served in C++ and not; each with arguments.
+ARGUMENTS = {
+    "leaky_relu": (0.25,), "elu": (0.5,), "celu": (0.5,), "gelu": ("none",), "hardtanh": (-1.0, 2.0),
+    "hardshrink": (0.5,), "softshrink": (0.5,), "softplus": (1.0, 20.0), "threshold": (0.5, -1.0),
+}  # fmt: skip
+# With whole numbers exact, so that ties and kinks have to be met.
+PIECEWISE = ("identity", "relu", "relu6", "hardtanh", "leaky_relu")
+ACTS = ("identity", *(name for name in TABLE if name != "prelu"), *PIECEWISE)
+FUNCTIONS = (
+    "channel_stats", "channel_sum", "subtract_bias", "norm_input_grad_", "materialise", "sum_of_squares",
+    "grad_reverse", "grad_forward",
+)  # fmt: skip
+FAULTS = ("a of another size", "window beyond the image", "shift of another length", "an activation of no name")
+
+
+@dataclass(frozen=True)
+class PointwiseCase:
+    """Plain values, so that `check(PointwiseCase(...))` runs a printed case again."""
+
+    seed: int
+    function: str
+    level: str
+    shape: tuple[int, ...]  # (N, C, ...)
+    window: tuple[int, int] | None
+    act_d: str
+    act_a: str
+    affine: str  # d and a: both, shift, none
+    terms: tuple[bool, bool, bool]  # c2 · residual, incoming gradients at one size and at the other
+    in_place: bool
+    pooled: bool
+    layout: str  # of all tensors, or `each`
+    dtype: str
+    values: str
+    strides: tuple[str, ...]
+    fault: str
+
+
+lengths = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 70, 1, 0])
+channels = st.sampled_from([1, 2, 3, 8, 17, 64, 5, 16, 0])
+shapes = (
+    st.tuples(st.integers(0, 40), channels)
+    | st.tuples(st.integers(1, 3), channels, lengths)
+    | st.tuples(st.integers(1, 3), channels, lengths, lengths)
+    | st.tuples(st.integers(1, 3), channels, lengths, lengths)
+    | st.tuples(st.integers(1, 2), channels, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+)
+pointwise_cases = st.builds(
+    PointwiseCase,
+    seed=seeds,
+    function=st.sampled_from(FUNCTIONS),
+    level=st.sampled_from(LEVELS),
+    shape=shapes,
+    window=st.none() | st.sampled_from([(2, 2), (1, 1), (2, 3), (3, 1), (1, 4), (5, 5)]),
+    act_d=st.sampled_from(ACTS),
+    act_a=st.sampled_from(ACTS),
+    affine=st.sampled_from(["both", "both", "shift", "none"]),
+    terms=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    in_place=st.booleans(),
+    pooled=st.booleans(),
+    layout=st.sampled_from(["contiguous", "channels_last", "channels_last", "each"]),
+    dtype=dtypes,
+    values=values,
+    strides=st.lists(strides, min_size=1, max_size=4).map(tuple),
+    fault=st.sampled_from(["none"] * 40 + list(FAULTS)),
+)
+
+
+@dataclass
+class Operands:
+    """What the functions take: d and what has its size, a and what has the pooled size, values per channel."""
+
+    d: Lazy
+    a: Lazy
+    g_full: Tensor
+    g_small: Tensor
+    c2: Tensor
+    k: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        lazies = [t for lazy in (self.d, self.a) for t in lazy[:3] if t is not None]
+        return [*lazies, self.g_full, self.g_small, self.c2, *self.k]
+
+    def holding(self, tensors: list[Tensor]) -> Operands:
+        """The same with other tensors, in the order of `tensors`."""
+        left = iter(tensors)
+        lazies = [Lazy(*(None if t is None else next(left) for t in lazy[:3]), *lazy[3:]) for lazy in (self.d, self.a)]
+        return Operands(*lazies, next(left), next(left), next(left), list(left))
+
+
+def check(case: PointwiseCase) -> str:
+    """Runs a case; raises AssertionError where something is wrong, else says what it was: served or refused."""
+    if case.values in ("nan", "inf"):  # the sums of what is not finite are tested where the activations are
+        case = replace(case, values="normal")
+    whole = case.values == "lattice"
+    if whole:
+        fix = {act: act if getattr(case, act) in PIECEWISE else "relu" for act in ("act_d", "act_a")}
+        case = replace(case, **{key: getattr(case, key) if v == key else v for key, v in fix.items()})
+    fits = (
+        len(case.shape) == 4 and case.window and all(k <= n for k, n in zip(case.window, case.shape[2:], strict=True))
+    )
+    case = replace(case, window=case.window if fits else None)
+    if MODULE is not None:
+        best = MODULE.simd_level()
+        MODULE.set_simd_level(case.level)
+    try:
+        operands = build(case)
+        if case.fault != "none":
+            return _refused(case, operands)
+        return _served(case, operands)
+    finally:
+        if MODULE is not None:
+            MODULE.set_simd_level(best)
+
+
+def build(case: PointwiseCase) -> Operands:
+    dtype = getattr(torch, case.dtype)
+    kinds = case.strides if case.layout == "each" else (case.layout,)
+    source = Source(case.seed, dtype, kinds, case.values)
+    wide = Source(case.seed + 1, torch.float64 if dtype == torch.float64 else torch.float32, case.strides, case.values)
+    small = case.shape
+    if case.window:
+        small = (*small[:2], *(n // k for n, k in zip(small[2:], case.window, strict=True)))
+
+    def per_channel() -> Tensor:
+        return wide.tensor((case.shape[1],), leaf=False)
+
+    def lazy(shape: tuple[int, ...], act: str) -> Lazy:
+        scale = per_channel() if case.affine == "both" else None
+        shift = per_channel() if case.affine != "none" else None
+        return Lazy(source.tensor(shape, leaf=False), scale, shift, act, ARGUMENTS.get(act, ()))
+
+    d, a = lazy(case.shape, case.act_d), lazy(small, case.act_a)
+    full, pooled = source.tensor(case.shape, leaf=False), source.tensor(small, leaf=False)
+    return Operands(d, a, full, pooled, torch.tensor(0.5, dtype=wide.dtype), [per_channel() for _ in range(3)])
+
+
+def call(case: PointwiseCase, o: Operands, *, ref: bool) -> list[Tensor]:
+    """What the case's function gives, without what it leaves out."""
+    f: Callable = getattr(pointwise, case.function + "_ref" * ref if case.function != "norm_input_grad_"
+                          else "norm_input_grad_ref_" if ref else case.function)  # fmt: skip
+    window: Window = case.window
+    loss, first, second = case.terms
+    given: dict[str, Callable[[], object]] = {
+        "channel_stats": lambda: f(o.d.x),
+        "channel_sum": lambda: f(o.d.x),
+        "subtract_bias": lambda: f(o.d.x, o.k[0]),
+        "norm_input_grad_": lambda: f(o.g_full, o.d.x, *o.k),
+        "materialise": lambda: f(o.d, window, pooled=case.pooled and window is not None, in_place=case.in_place),
+        "sum_of_squares": lambda: f(o.d, o.a, window),
+        "grad_reverse": lambda: f(
+            o.d, o.a, window, o.c2 if loss else None, o.g_small if first else None, in_place=case.in_place and first
+        ),
+        "grad_forward": lambda: f(
+            o.d, o.a if loss else None, window, o.c2 if loss else None, o.g_small if first else None,
+            o.g_full if second else None, in_place=case.in_place and second,
+        ),
+    }  # fmt: skip
+    results = given[case.function]()
+    results = results if isinstance(results, tuple) else (results,)
+    return [t for t in results if t is not None]
+
+
+def _served(case: PointwiseCase, operands: Operands) -> str:
+    dtype = getattr(torch, case.dtype)
+    inputs = [exact(t) for t in operands.tensors]
+    written = {"norm_input_grad_": operands.g_full}
+    if case.in_place:
+        written |= dict(materialise=operands.d.x, grad_reverse=operands.g_small, grad_forward=operands.g_full)
+    out = written.get(case.function)
+    if out is not None and _overlaps(out):
+        return "passed over"  # in place needs memory of its own for every element, in PyTorch too
+    if 0 in case.shape[1:] and case.window:
+        return "passed over"  # PyTorch pools no images without channels
+    kept = Snapshot([t for t in operands.tensors if t is not out])
+    got = call(case, operands, ref=False)
+    kept.check()
+
+    def truth(tensors: list[Tensor], *, plain: bool = False) -> dict[str, list[Tensor]]:
+        held = operands.holding([t.clone() for t in tensors])
+        if plain:
+            held.d, held.a = held.d._replace(act="identity", args=()), held.a._replace(act="identity", args=())
+            signs = [t.abs() for t in held.tensors]
+            held = held.holding(signs)
+        return {str(i): [t] for i, t in enumerate(call(case, held, ref=True))}
+
+    if 0 in case.shape:
+        want = truth(inputs)
+        assert [tuple(g.shape) for g in got] == [tuple(w[0].shape) for w in want.values()]
+        return "served"
+    exactly = case.values == "lattice" and case.dtype in ("float32", "float64") and case.function != "channel_stats"
+    check_close({str(i): [t] for i, t in enumerate(got)}, truth, inputs, dtype, exact=exactly)
+    return "served"
+
+
+def _overlaps(t: Tensor | None) -> bool:
+    return t is not None and sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 < t.numel()
+
+
+def _refused(case: PointwiseCase, o: Operands) -> str:
+    """Sizes that do not fit each other: an error of any kind, but an error."""
+    if 0 in case.shape or MODULE is None or case.affine == "none":
+        return "passed over"
+    d, window = o.d, case.window
+    calls: dict[str, Callable[[], object]] = {
+        "a of another size": lambda: pointwise.sum_of_squares(d, Lazy(torch.cat([o.a.x] * 2, 1)), window),
+        "window beyond the image": lambda: pointwise.materialise(d, (99, 99), pooled=True),
+        "shift of another length": lambda: pointwise.materialise(d._replace(shift=torch.cat([d.shift, d.shift]))),
+        "an activation of no name": lambda: pointwise.materialise(d._replace(act="prelu")),
+    }
+    try:
+        calls[case.fault]()
+    except (ValueError, TypeError, RuntimeError) as error:
+        if len(str(error).split()) < 4:
+            raise AssertionError(f"no sentence: {error!r}") from error
+        return "refused"
+    raise AssertionError("what cannot work was computed")

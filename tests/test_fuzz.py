@@ -1,0 +1,108 @@
+"""A sample of the fuzz tests, the same one each time; `make fuzz` runs many more. And that they can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import fuzz
+import fuzz_layers
+import pytest
+import torch
+from fuzz_judge import check_close
+from fuzz_tensors import STRIDES, Snapshot, Source
+
+from racecar_kernels import reference, undo
+
+# Cases that went wrong once.
+FOUND = {
+    "scale in strides": dict(values="normal", dtype="bfloat16", latent=("tanhshrink", "group"), strides=("sliced",)),
+    "PReLU at 0": dict(values="lattice", dtype="float32", latent=("prelu",), strides=("permuted",)),
+    "PReLU of NaN": dict(values="nan", dtype="float64", latent=("prelu, one",), strides=("contiguous",)),
+    "batch norm, ones between": dict(
+        values="normal", dtype="float32", latent=("mish", "batch, plain"), strides=("contiguous", "overlapping"),
+        norm="running", size=(1, 5, 4), batch=1,
+    ),
+    "a channel norm of a vector": dict(dims=0, lead=0, latent=("batch, eval",), fitted=False),
+    "groups that do not divide": dict(groups=2, fault="one output channel more than groups take"),
+}  # fmt: skip
+PLAIN = fuzz_layers.LayerCase(
+    seed=4288, dims=2, lead=1, batch=5, size=(12, 3, 2), channels=(3, 2), groups=1, kernel=(1, 1, 1), stride=(1, 1, 1),
+    padding=0, dilation=1, mode="zeros", bias=True, pre=(), latent=(), undo=(), norm="batch", reduction="sum",
+    memory="store", backend=None, dtype="float64", values="normal", strides=("contiguous",), needs=63,
+    incoming="sliced", loss=True, shared=False, fitted=True, fault="none",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("target", "cases"), [("layers", 160), ("chains", 80), ("pointwise", 100)])
+def test_a_sample(target: str, cases: int, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(fuzz, "KEPT", tmp_path)  # the same cases whatever failed before
+    outcomes = fuzz.run(target, cases, seed=1)
+    assert outcomes.total() >= cases
+    assert outcomes["served"] > 0.6 * cases and outcomes["refused"] > 0, outcomes  # else it tests nothing
+
+
+@pytest.mark.parametrize("changes", FOUND.values(), ids=FOUND)
+def test_what_was_found(changes: dict) -> None:
+    refused = "fault" in changes or not changes.get("fitted", True)
+    assert fuzz_layers.check(dataclasses.replace(PLAIN, **changes)) == ("refused" if refused else "served")
+
+
+def test_a_wrong_gradient_is_found(monkeypatch) -> None:
+    """By a digit in the eighth place of one gradient."""
+    right = reference.backward
+
+    def wrong(*args):
+        grads = right(*args)
+        if grads.y is not None:
+            grads.y = grads.y * (1 + 1e-8)
+        return grads
+
+    row = dataclasses.replace(fuzz_layers.rk.backends.__globals__["TABLE"][0], backward=wrong)
+    monkeypatch.setitem(fuzz_layers.rk.backends.__globals__, "TABLE", (row,))
+    with pytest.raises(AssertionError, match="gradients: off by"):
+        fuzz_layers.check(PLAIN)
+
+
+def test_a_failure_says_how_to_repeat_it(monkeypatch, tmp_path) -> None:
+    right = undo.sum_of_squares
+    monkeypatch.setattr(fuzz, "KEPT", tmp_path)
+    monkeypatch.setattr(undo, "sum_of_squares", lambda target, *_: target.new_zeros(()))
+    for cases in (60, 1):  # the second time it is what was kept that fails
+        with pytest.raises(AssertionError, match=r"(?s)loss: off.*from fuzz_layers import \*\nprint\(check\(LayerCase"):
+            fuzz.run("layers", cases, seed=cases)
+        assert len(fuzz.kept("layers")) == 1
+    monkeypatch.setattr(undo, "sum_of_squares", right)
+    assert fuzz.run("layers", 1, seed=1).total() == 1 and not fuzz.kept("layers")
+
+
+def test_an_argument_that_is_written_to_is_found() -> None:
+    t = Source(0, torch.float32, ("sliced",)).tensor((3, 4), leaf=False)
+    snapshot = Snapshot([t])
+    snapshot.check()
+    t.untyped_storage()[0] = 7  # in the gap in front of it
+    with pytest.raises(AssertionError, match="an argument was written to"):
+        snapshot.check()
+
+
+@pytest.mark.parametrize("kind", STRIDES)
+def test_strides_change_no_value(kind: str) -> None:
+    source = Source(3, torch.float64, (kind,))
+    shape = (2, 1, 3, 4)
+    t = source.tensor(shape, leaf=False)
+    assert t.shape == shape and t.isfinite().all()
+    if kind not in ("expanded", "overlapping"):
+        torch.testing.assert_close(t, Source(3, torch.float64, ("contiguous",)).tensor(shape, leaf=False))
+
+
+def test_what_is_as_exact_as_its_type_passes_and_what_is_not_does_not() -> None:
+    x = [torch.tensor([1.0, -3.0, 1e-3], dtype=torch.float64)]
+
+    def truth(inputs, *, plain=False):
+        return {"sum": [(inputs[0].abs() if plain else inputs[0]).sum()]}
+
+    for dtype in (torch.float32, torch.bfloat16):
+        eps = torch.finfo(dtype).eps
+        check_close({"sum": [x[0].to(dtype).sum()]}, truth, x, dtype, exact=False)
+        with pytest.raises(AssertionError, match="sum: off by"):
+            check_close({"sum": [x[0].sum() * (1 + 300 * eps)]}, truth, x, dtype, exact=False)
