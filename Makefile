@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-ops gpu clean
+.PHONY: help install demo test fuzz sanitize lint format bench bench-ops gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -38,6 +38,13 @@ demo: $(STAMP) ## the main job on handwritten digits: a table, and a report with
 test: $(STAMP) ## all tests with line coverage; ARGS="tests/test_measure.py --no-cov" for one file
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
 	@echo "lines that no test runs: htmlcov/index.html"
+
+CASES ?= 10000
+fuzz: $(STAMP) ## CASES=10000 random calls of the public ops, right or refused; ARGS="--seed 7" repeats a run
+	$(BIN)/python tests/fuzz.py --cases $(CASES) $(ARGS)
+
+sanitize: $(STAMP) ## the tests of the C++ under AddressSanitizer and UBSan; ARGS="tests/test_pointwise.py" for a part
+	bash .ci/sanitize $(BIN)/python $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, as CI runs them
 	$(BIN)/ruff check .

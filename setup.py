@@ -9,6 +9,8 @@ PyTorch is not listed as a build requirement on purpose: pip would fetch gigabyt
 may not be the one the package then runs with.
 
 `RACECAR_BUILD_CPP`: `auto` (default: build it where that works), `0` (never), `1` (a failure to build it is an error).
+`RACECAR_SANITIZE=1`: build it with AddressSanitizer and UBSan, for `make sanitize` alone: it then loads only where
+libasan was there first.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 from setuptools import setup
 
 SWITCH = "RACECAR_BUILD_CPP"
+SANITIZE = "RACECAR_SANITIZE"
 HOW_TO_BUILD = "with PyTorch and a C++ compiler installed: pip install --no-build-isolation ."
 
 
@@ -37,6 +40,22 @@ def not_built(reason: str) -> dict[str, Any]:
         raise SystemExit(f"racecar_kernels._C was not built: {reason}. To build it, {HOW_TO_BUILD}")
     print(f"racecar-kernels: extension not built ({reason}). To build it, {HOW_TO_BUILD}", file=sys.stderr, flush=True)
     return {}
+
+
+def compiler_flags() -> list[str]:
+    """Without -std, which PyTorch adds, and -march: the kernels choose their instructions at run time.
+
+    -fno-math-errno and -fno-trapping-math let selects and comparisons vectorise, and change no result.
+    """
+    if sys.platform != "linux":
+        return []
+    common = ["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    if os.environ.get(SANITIZE, "0") != "1":
+        return ["-O3", "-g0", *common]
+    # UBSan stops at its first finding, as AddressSanitizer does. Python's own flags hold -fwrapv, under which a signed
+    # overflow is no error; the frame pointers make the report's stack readable.
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-wrapv"]
+    return ["-O1", "-g", "-fno-omit-frame-pointer", *checks, *common]
 
 
 def extension() -> dict[str, Any]:
@@ -56,15 +75,13 @@ def extension() -> dict[str, Any]:
                 not_built(f"compiling failed: {' '.join(str(error).split())[:300]}")
                 self.extensions = []  # so that nothing is copied from where it was not built
 
-    # PyTorch adds the C++ standard that it needs. -march stays away: the kernels choose their instructions at run time,
-    # see csrc/pointwise.inl. The last two let selects and comparisons vectorise, and change no result.
-    flags = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"] if sys.platform == "linux" else []
+    flags = compiler_flags()
     module = cpp_extension.CppExtension(
         "racecar_kernels._C",
         sorted(map(str, Path("csrc").glob("*.cpp"))),
         depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc").glob("*.inl")])),
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp"] if "-fopenmp" in flags else [],
+        extra_link_args=[flag for flag in flags if flag.startswith(("-fopenmp", "-fsanitize"))],
         define_macros=[("RACECAR_FLAGS", f'"{" ".join(flags)}"')],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildOrSkip}}
