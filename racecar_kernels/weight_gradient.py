@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
 from .layer import Ints, Tied
@@ -129,9 +130,20 @@ def columns(pair: Pair, kernel: Ints, tied: Tied, *, last: bool) -> Tensor:
 def _convolution(pair: Pair, weight: Tensor, tied: Tied) -> Tensor:
     read, padding = padded(pair.read, tied)
     settings = (None, tied.stride, padding, tied.dilation, False, (0,) * tied.dims, tied.groups)
-    operands = (pair.grad, read, weight)
+    operands = (pair.grad, read, _clear(weight))
     if read.dtype == torch.bfloat16 and any(k > n for k, n in zip(weight.shape[2:], read.shape[2:], strict=True)):
         # oneDNN leaves taps that never meet the image unwritten in channels_last
         operands = (pair.grad.contiguous(), read.contiguous(), weight.contiguous())
     found: Tensor = aten.convolution_backward(*operands, *settings, (False, True, False))[1]
     return found
+
+
+def _clear(weight: Tensor) -> Tensor:
+    """The weight in strides that ATen reads in one way only.
+
+    Dimensions of size 1 may have any stride; then one part of ATen takes a weight for channels_last, another does not,
+    and its gradient fails ("grad_weight must be contiguous").
+    """
+    if weight.dim() != 4 or weight.is_contiguous() or suggest_memory_format(weight) == torch.channels_last:
+        return weight
+    return weight.contiguous()

@@ -11,7 +11,7 @@ import torch
 from fuzz_judge import check_close
 from fuzz_tensors import STRIDES, Snapshot, Source
 
-from racecar_kernels import reference, undo
+from racecar_kernels import pointwise, reference, undo
 
 # Cases that went wrong once.
 FOUND = {
@@ -21,6 +21,10 @@ FOUND = {
     "batch norm, ones between": dict(
         values="normal", dtype="float32", latent=("mish", "batch, plain"), strides=("contiguous", "overlapping"),
         norm="running", size=(1, 5, 4), batch=1,
+    ),
+    "weight in odd strides": dict(
+        seed=0, batch=1, size=(1, 2, 1), channels=(2, 1), kernel=(1, 2, 1), bias=False, latent=("relu",),
+        dtype="float32", strides=("permuted",), loss=False,
     ),
     "a channel norm of a vector": dict(dims=0, lead=0, latent=("batch, eval",), fitted=False),
     "groups that do not divide": dict(groups=2, fault="one output channel more than groups take"),
@@ -83,6 +87,12 @@ def test_an_argument_that_is_written_to_is_found() -> None:
     t.untyped_storage()[0] = 7  # in the gap in front of it
     with pytest.raises(AssertionError, match="an argument was written to"):
         snapshot.check()
+
+
+@pytest.mark.xfail(strict=True, reason="pointwise: the plain twin does not check sizes, and broadcasts")
+def test_the_plain_twin_refuses_what_the_cpp_refuses() -> None:
+    with pytest.raises((ValueError, RuntimeError)):
+        pointwise.sum_of_squares_ref(pointwise.Lazy(torch.ones(2, 1)), pointwise.Lazy(torch.ones(2, 2)))
 
 
 @pytest.mark.parametrize("kind", STRIDES)
