@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import fuzz
+import fuzz_chains
 import fuzz_layers
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_a_sample(target: str, cases: int, monkeypatch, tmp_path) -> None:
 def test_what_was_found(changes: dict) -> None:
     refused = "fault" in changes or not changes.get("fitted", True)
     assert fuzz_layers.check(dataclasses.replace(PLAIN, **changes)) == ("refused" if refused else "served")
+
+
+def test_a_chain_that_compares_some_layers_locally_in_channels_last() -> None:
+    """What is kept of a layer that is not compared is empty, and has no four dimensions."""
+    first, second = (
+        fuzz_chains.LayerOf(3, (3, 3, 3), 1, 1, 1, "zeros", True, (), (act,), compare)
+        for act, compare in (("threshold", False), ("sigmoid", True))
+    )
+    case = fuzz_chains.ChainCase(
+        seed=1865, dims=2, lead=0, batch=2, size=(6, 3, 1), channels=3, layers=(first, second), input_activation="",
+        op="tied_chain", variant="local", memory="store", backend=None, dtype="float32", values="normal",
+        strides=("channels_last",), needs=63, incoming="dense", loss=True, shared=False, fault="none",
+    )  # fmt: skip
+    assert fuzz_chains.check(case) == "served"
+    alone = dataclasses.replace(case, layers=(first,))
+    assert fuzz_chains.check(alone) == "refused"  # nothing is compared
 
 
 def test_a_wrong_gradient_is_found(monkeypatch) -> None:
