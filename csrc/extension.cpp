@@ -51,4 +51,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of racecar_kernels; loaded by racecar_kernels.extension.";
   module.def("build_facts", &build_facts, "How this module was built, and the number of threads it would use now.");
   bind_pointwise(module);
+  bind_linear_chain(module);
 }

@@ -229,6 +229,8 @@ const Level *&racecar::level_in_use() {
   return level;
 }
 
+const char *simd_level_name() { return racecar::level_in_use()->name; }
+
 void bind_pointwise(pybind11::module_ &module) {
   const pybind11::call_guard<pybind11::gil_scoped_release> no_gil;
   module.def("simd_levels", &simd_levels, "Levels of SIMD instructions that this processor has, the best one first.");

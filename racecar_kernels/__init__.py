@@ -11,7 +11,7 @@ show_config       versions, backends and what speaks against them
 from .backends import Query, backends, choose, why_not
 from .chain_ops import ChainReport
 from .config import show_config
-from .functional import deferred_layer, loss_factor, reverse_layer, reverse_layers, tied_chain
+from .functional import deferred_layer, loss_factor, reverse_layer, reverse_layers, run_chain, tied_chain
 from .layer import Activation, Chain, Latent, Layer, Norm, Pool, Segment, Tied, Upsample
 from .ops import Report
 from .undo import apply as undo_steps
@@ -35,6 +35,7 @@ __all__ = [
     "loss_factor",
     "reverse_layer",
     "reverse_layers",
+    "run_chain",
     "show_config",
     "tied_chain",
     "undo_steps",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from . import chain as mathematics
-from . import chain_backward, phi
+from . import chain_backward, linear_chain, phi
 from .layer import parse_chain
 from .ops import _LIB, _like, _NoSecondDerivative, loss_dtype
 
@@ -41,6 +41,8 @@ _LIB.define(
 def _forward(
     x: Tensor, weights: list[Tensor], biases: Any, params: Any, chain: str, memory: str
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    if linear_chain.why_not(parse_chain(chain), x, weights) is None:
+        return linear_chain.forward(chain, x, weights, biases, memory)
     tied = mathematics.Tied(parse_chain(chain), x, weights, biases, params)
     with torch._C._DisableAutocast():
         ran = mathematics.forward(tied, store=memory == "store", reverse=memory != "deferred")
@@ -59,6 +61,8 @@ def _laid_out(t: Tensor, like: torch.memory_format | None) -> Tensor:
 
 def _backward(grad_out: Tensor | None, grad_losses: Tensor | None, *call: Any) -> list[Tensor]:
     x, weights, biases, params, out, stats, kept, back, text, needs = call
+    if linear_chain.why_not(parse_chain(text), x, weights) is None:
+        return linear_chain.backward(text, grad_out, grad_losses, x, weights, biases, out, (kept, back), needs)
     tied = mathematics.Tied(parse_chain(text), x, weights, biases, params)
     kept = [out if k.numel() == 0 else k for k in kept]
     n = len(weights)
@@ -182,6 +186,9 @@ def _fake_forward(
     if mathematics.keeps_result(tied.chain, len(weights) - 1):
         kept[-1] = x.new_empty(0)
     losses = x.new_empty(len(weights), dtype=loss_dtype(x))
+    if linear_chain.why_not(tied.chain, x, weights) is None:
+        kept, back = linear_chain.fake_kept(tied.chain, x, weights, memory)
+        return out, losses, stats, kept, back
     return out, losses, stats, kept, [*back, *back_stats] if memory == "store" else []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import chain_ops, describe, ops
+from . import chain_ops, describe, linear_chain, ops
 from .backends import Query, choose
 from .checks import check, check_chain, check_tensors
 from .layer import Chain, Latent, Layer, Segment, Tied
@@ -255,12 +255,35 @@ def tied_chain(
     check_choice("memory", memory, (*MEMORY, "deferred"))
     if memory == "deferred" and variant == "full":
         raise ValueError("memory='deferred' needs variant='local': a full reverse can use 'store' or 'recompute'")
+    check_tensors(x=x)
     chain = Chain(tuple(layers), tuple(last), variant == "full", backend)
+    return run_chain(chain, str(chain), x, weights, biases, params, memory=memory, report=report)
+
+
+def run_chain(
+    chain: Chain,
+    text: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    params: Sequence[Tensor | None],
+    *,
+    memory: str,
+    report: chain_ops.ChainReport | None,
+) -> tuple[Tensor, Tensor]:
+    """`tied_chain` of a chain whose description is kept from call to call; `text` is str(chain)."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not params:
+        ran = linear_chain.apply(text, x, weights, biases, memory, report)
+        if ran is not None:
+            if report is not None:
+                report.losses = ran[1] if memory == "deferred" and not ran[1].requires_grad else None
+            return ran
     check_chain(chain, x, weights, biases, params)
     flat = (x, *weights, *biases, *params)
-    text, differentiated = str(chain), any(t is not None and t.requires_grad for t in flat) and torch.is_grad_enabled()
+    differentiated = any(t is not None and t.requires_grad for t in flat) and torch.is_grad_enabled()
     if memory == "deferred" and differentiated:
-        if torch.compiler.is_compiling():
+        if compiling:
             raise RuntimeError("memory='deferred' does not work under torch.compile yet; use 'recompute' or 'store'")
         out, losses, *stats = chain_ops.TiedChain.apply(text, memory, report, len(weights), *flat)
     else:

@@ -258,6 +258,14 @@ def _handed(lazy: Lazy) -> tuple[Any, ...]:
     return lazy.x, lazy.scale, lazy.shift, lazy.mean, number, lazy.done, parameters
 
 
+def numbered(act: str, args: tuple[Any, ...]) -> tuple[int, tuple[float, ...]] | None:
+    """Number and parameters of an activation as csrc/pointwise.h defines them; None where it is not among them."""
+    if not _served(act, args):
+        return None
+    number, *parameters = _KERNELS[act](*args)
+    return number, tuple(map(float, parameters))
+
+
 def _number(c2: Tensor | None) -> float | None:
     return None if c2 is None else float(c2)
 
