@@ -7,6 +7,7 @@ in the chain and that nobody watches them; where that does not hold, the hooks d
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +24,58 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .run import Run
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The chain as the operator takes it, for one choice of norms in training mode.
+
+    `latents`: for every layer its norms and activations with their descriptions, as they follow its operation.
+    """
+
+    chain: rk.Chain
+    text: str
+    latents: list[list[tuple[nn.Module, rk.Latent | None]]]
+    without_tensors: bool
+
+    def params(self) -> list[Tensor | None]:
+        """The tensors of all latents; running statistics as they are now."""
+        if self.without_tensors:
+            return []
+        return [t for own in self.latents for module, step in own for t in describe.latent_tensors(module, step)]
 
 
 class Chained:
     """The modules in front of the chain, the chain, and those behind it.
+
+    What does not change from step to step is looked at once. Every forward still sees a module that was added, taken
+    away or given a hook since, and a parameter that was replaced.
 
     Attributes:
         obstacle: why this model's chain never runs as one node; None if it can.
     """
 
     def __init__(self, engine: Engine, model: nn.Module) -> None:
+        from .engine import Boundary
+
         order, first, last = engine.plan.order, engine.plan.layers[0], engine.plan.layers[-1]
         run = [module for _, module in leaves(model)]
-        self.modules = run
+        self.modules, self.boundary = run, Boundary
         self.front, self.inside, self.behind = run[: first.d], run[first.d : last.y + 1], run[last.y + 1 :]
         self.last = order[last.d + len(last.pre) + 1 : last.y + 1]
-        self.containers = [module for module in model.modules() if module is not model and list(module.children())]
+        self.ops = [layer.op for layer in engine.plan.layers]
+        self.flat = describe.tied_of(self.ops[0]).dims == 0
+        containers = [module for module in model.modules() if module is not model and list(module.children())]
+        self.watched = [*containers, *self.inside]
+        self.children = [(module, type(module), [*module._modules.values()]) for module in containers]
+        self.top = [*model._modules.values()]
+        moody = (*describe.DROPOUTS, nn.modules.batchnorm._NormBase)
+        self.moody = [module for module in self.inside if isinstance(module, moody)]
+        self.latents = [*(layer.latent for layer in engine.plan.layers[1:]), self.last]
+        self._norms = [module for own in self.latents for module in own if describe.is_a(module, describe.NORMS)]
+        self._prepared: dict[tuple[bool, ...], Prepared] = {}
+        self._sized: tuple[tuple[int, ...], list[tuple[int, ...]]] | None = None
         self.obstacle = self._why_never(engine)
 
     def _why_never(self, engine: Engine) -> str | None:
@@ -66,22 +101,37 @@ class Chained:
         """Why the model as it is now cannot run as one node, whatever its input; None if it can."""
         if self.obstacle is not None:
             return self.obstacle
-        if any(a is not b for a, (_, b) in zip_longest(self.modules, leaves(model), fillvalue=("", None))):
+        if not self._same_children(model) and any(
+            a is not b for a, (_, b) in zip_longest(self.modules, leaves(model), fillvalue=("", None))
+        ):
             return "the model was changed after wrapping"
         if any(getattr(global_hooks, name) for name in _GLOBAL):
             return "there are global module hooks"
-        for module in (*self.containers, *self.inside):
+        for module in self.watched:
             if self._watched(module):
                 return f"a {type(module).__name__} in it has hooks"
+        for module in self.moody:
             if module.training and self._random_or_odd(module, engine):
                 return f"a {type(module).__name__} in it does more than its reverse knows"
         return None
 
-    @staticmethod
-    def _watched(module: nn.Module) -> bool:
-        from .engine import Boundary
+    def _same_children(self, model: nn.Module) -> bool:
+        """Whether no module was added, replaced or taken away; a quick look, which may also say no for nothing."""
+        if [*model._modules.values()] != self.top:
+            return False
+        return all(type(module) is kind and [*module._modules.values()] == own for module, kind, own in self.children)
 
-        return any(not isinstance(hook, Boundary) for name in _HOOKS for hook in getattr(module, name).values())
+    def _watched(self, module: nn.Module) -> bool:
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            for hook in hooks.values():
+                if not isinstance(hook, self.boundary):
+                    return True
+        return False
 
     @staticmethod
     def _random_or_odd(module: nn.Module, engine: Engine) -> bool:
@@ -98,30 +148,18 @@ class Chained:
         """The model's output; `run` then holds what the hooks would have left there."""
         for module in self.front:
             x = module(x)
-        engine.check_input(x)
-        layers, settings, plan = engine.layers(), engine.settings, engine.plan
-        steps = [describe.latent_of(module, settings.norm) for module in self.last]
-        ops = [layer.op for layer in plan.layers]
-        params = [t for m in range(1, len(ops)) for t in engine.params_of(m)]
-        params += [t for mod, step in zip(self.last, steps, strict=True) for t in describe.latent_tensors(mod, step)]
-        report = rk.ChainReport()
-        y, sums = rk.tied_chain(
-            x,
-            layers,
-            [op.weight for op in ops],
-            [op.bias for op in ops],
-            params,
-            last=[step for step in steps if step is not None],
-            variant=settings.variant,
-            memory=settings.memory,
-            backend=settings.backend,
-            report=report,
+        if not self.flat or x.numel() == 0:
+            engine.check_input(x)
+        settings, prepared, report = engine.settings, self._prepare(engine), rk.ChainReport()
+        weights = [_parameter(op, "weight") for op in self.ops]
+        biases = [_parameter(op, "bias") for op in self.ops]
+        y, sums = rk.run_chain(
+            prepared.chain, prepared.text, x, weights, biases, prepared.params(), memory=settings.memory, report=report
         )
-        shapes = [tuple(x.shape)]
-        for layer, op in zip(layers, ops, strict=True):
-            shapes.append(layer.output_shape(shapes[-1], tuple(op.weight.shape)))
-        self._update_statistics(engine, report.stats, shapes[1:])
-        run.sizes, run.sums = [math.prod(shape) for shape in shapes[:-1]], [sums]
+        shapes = self._shapes(prepared.chain, x, weights)
+        if report.stats:
+            self._update_statistics(prepared, report.stats, shapes[1:])
+        run.shapes, run.sums = shapes, [sums]
         if settings.memory == "deferred":
             run.reports = [PartOfReport(report, m) for m in range(settings.layers)]
         y = engine.released(y)
@@ -129,18 +167,43 @@ class Chained:
             y = module(y)
         return y
 
-    def _update_statistics(self, engine: Engine, stats: list[Tensor], shapes: list[tuple[int, ...]]) -> None:
+    def _prepare(self, engine: Engine) -> Prepared:
+        """The chain's description; it depends on which norms are in training mode."""
+        mode = tuple([module.training for module in self._norms])
+        if mode not in self._prepared:
+            norm, settings = engine.settings.norm, engine.settings
+            latents = [[(module, describe.latent_of(module, norm)) for module in own] for own in self.latents]
+            last = tuple(step for _, step in latents[-1] if step is not None)
+            chain = rk.Chain(tuple(engine.layers()), last, settings.variant == "full", settings.backend)
+            self._prepared[mode] = Prepared(chain, str(chain), latents, chain.tensors == 0)
+        return self._prepared[mode]
+
+    def _shapes(self, chain: rk.Chain, x: Tensor, weights: list[Any]) -> list[tuple[int, ...]]:
+        """Those of d_1 .. d_{n+1}."""
+        first = tuple(x.shape)
+        if self._sized is None or self._sized[0] != first:
+            shapes = [first]
+            for layer, weight in zip(chain.layers, weights, strict=True):
+                shapes.append(layer.output_shape(shapes[-1], tuple(weight.shape)))
+            self._sized = first, shapes
+        return self._sized[1]
+
+    def _update_statistics(self, prepared: Prepared, stats: list[Tensor], shapes: list[tuple[int, ...]]) -> None:
         """Running means and variances, as the norms' own forward would have left them."""
-        latents = [*(layer.latent for layer in engine.plan.layers[1:]), self.last]
         found = iter(stats)
-        for modules, shape in zip(latents, shapes, strict=True):
-            for module in modules:
-                step = describe.latent_of(module, engine.settings.norm)
+        for own, shape in zip(prepared.latents, shapes, strict=True):
+            for module, step in own:
                 if not (isinstance(step, rk.Norm) and step.kind == "batch" and not step.running):
                     continue
                 mean, rstd = next(found), next(found)
                 if module.training and module.running_mean is not None:
                     update_running(module, mean, rstd, math.prod(shape) // shape[1])
+
+
+def _parameter(op: nn.Module, name: str) -> Any:
+    """op.weight or op.bias, without the detour over nn.Module.__getattr__; a parametrised one is computed."""
+    own = op._parameters
+    return own[name] if name in own else getattr(op, name)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ call the operators of `racecar_kernels`; the forward stays the model's own. All 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -90,6 +91,7 @@ class Engine:
         self.lam: list[float] = []
         self.positive = False
         self.lam_tensor = torch.zeros(settings.layers, dtype=torch.float64)
+        self._last_weights: tuple[Any, Tensor] | None = None
         self.run: Run | None = None
         self.result: Result | None = None
         self.chained = Chained(self, model)
@@ -232,18 +234,36 @@ class Engine:
     def finish(self, run: Run) -> None:
         """Σ λ_m · loss_m of the forward that has just run."""
         count = self.settings.layers
-        whole = self.settings.variant == "full" or run.sizes
-        sums = run.sums[0][:count] if whole else torch.stack(run.sums[:count])
-        sizes = run.sizes or [t.numel() for t in run.targets]
-        factors = [loss_factor(self.settings.reduction, size) for size in sizes[:count]]
+        whole = self.settings.variant == "full" or run.shapes
+        sums = run.sums[0] if whole else torch.stack(run.sums[:count])
+        if sums.shape[0] > count:
+            sums = sums[:count]
+        factors = self._factors(run)
         weights = self._weights(factors, sums)
-        self.result = Result((sums * weights).sum(), sums.detach(), factors, weights, run.reports)
+        self.result = Result(torch.dot(sums, weights), sums.detach(), factors, weights, run.reports)
+
+    def _factors(self, run: Run) -> list[float]:
+        """What turns Σ(·)² into the loss of every compared layer."""
+        count, reduction = self.settings.layers, self.settings.reduction
+        if reduction != "mean":
+            return [loss_factor(reduction, 1)] * count
+        sizes = [math.prod(shape) for shape in run.shapes] or [t.numel() for t in run.targets]
+        return [loss_factor(reduction, size) for size in sizes[:count]]
 
     def _weights(self, factors: list[float], like: Tensor) -> Tensor:
         """λ_m times what turns Σ(·)² into the loss of layer m."""
         if self.lam_tensor.device != like.device:
             with torch.inference_mode(False):
                 self.lam_tensor = self.lam_tensor.to(like.dtype).to(like.device)  # not every device knows float64
+        if torch.compiler.is_compiling() or not like.is_cpu:  # a graph that is captured has to read λ every time
+            return self._weighted(factors, like)
+        key = (self.lam_tensor._version, like.dtype, factors, self._processes())
+        if self._last_weights is None or self._last_weights[0] != key:
+            with torch.inference_mode(False):
+                self._last_weights = key, self._weighted(factors, like)
+        return self._last_weights[1]
+
+    def _weighted(self, factors: list[float], like: Tensor) -> Tensor:
         lam = self.lam_tensor.to(like.dtype)
         if self.settings.reduction != "mean":
             return lam * (factors[0] * self._processes())

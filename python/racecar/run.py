@@ -21,7 +21,7 @@ class Report(Protocol):
 
 @dataclass
 class Run:
-    """One forward under way: what the hooks have seen so far; `sizes`: elements of every d, where no hook saw it."""
+    """One forward under way: what the hooks have seen so far; `shapes`: of d_1 .. d_{n+1}, where no hook saw them."""
 
     reconstruct: bool = False
     targets: list[Tensor] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Run:
     sums: list[Tensor] = field(default_factory=list)
     reports: Sequence[Report] = field(default_factory=list)
     calls: dict[int, int] = field(default_factory=dict)
-    sizes: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 @dataclass

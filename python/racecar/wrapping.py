@@ -48,10 +48,10 @@ class Reversible(nn.Module):
         result = _engine(self).result
         if result is None:
             raise AttributeError(_BEFORE)
+        if not result.reports:
+            return result.total
         known = [(s, w) for s, w in zip(result.known_sums(), result.weights_of_layers(), strict=True) if s is not None]
-        if result.reports and known:
-            return torch.stack([s * w for s, w in known]).sum()
-        return result.total
+        return torch.stack([s * w for s, w in known]).sum() if known else result.total
 
     @property
     def reverse_losses(self) -> dict[str, Tensor]:
