@@ -144,6 +144,9 @@ public:
     variable_list grads(1 + inputs_count); // the recipe's own place stays empty
     if (!incoming[0].defined() && !incoming[1].defined())
       return grads;
+    for (const Tensor &g : incoming)
+      TORCH_CHECK(!g.defined() || !at::isTensorSubclassLike(g),
+                  "a chain's backward takes one gradient at a time, not a batch of them (is_grads_batched=True)");
     const Inputs inputs(saved.data(), recipe->has_bias);
     ChainNeeds needs{ctx->needs_input_grad(0), std::vector<bool>(n), std::vector<bool>(n)};
     for (size_t m = 0, next = 1 + n; m < n; ++m) {

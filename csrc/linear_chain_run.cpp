@@ -17,7 +17,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kChunkWork = 1 << 18; // multiplications of a chunk's forward, about: enough to be worth a thread
+constexpr int64_t kChunkWork = 1 << 19; // multiplications of a chunk's forward, about: enough to be worth a thread
 constexpr int64_t kLeastRows = 4 * kChainRows;
 
 const ChainLevel &level_in_use() {
@@ -39,7 +39,8 @@ Type type_of(at::ScalarType type) {
 
 at::ScalarType wide(const Tensor &x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-Tensor rows_of(const Tensor &x) { return x.is_contiguous() ? x : x.contiguous(); }
+// Rows one behind the other; a gradient may come as a view that only stands for -x.
+Tensor rows_of(const Tensor &x) { return x.resolve_neg().contiguous(); }
 
 // Copies a matrix or a vector into dense memory of the type that is computed in.
 template <class S, class T> void gather(const Tensor &from, T *to) {
@@ -87,7 +88,8 @@ double *total_of(double *partials, int64_t chunks, int64_t count) {
 }
 
 // Twice the gradient of every loss.
-std::vector<double> doubled(const Tensor &g) {
+std::vector<double> doubled(const Tensor &given) {
+  const Tensor g = given.resolve_neg();
   std::vector<double> values(g.size(0));
   for (int64_t m = 0; m < g.size(0); ++m) {
     const int64_t at = m * g.stride(0);
