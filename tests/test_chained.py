@@ -86,6 +86,47 @@ def test_what_sends_it_back_to_the_hooks(build, change, reason):
     assert str(net.plan).endswith(f"layer by layer: {reason}")
 
 
+def nested() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 3)).double()
+
+
+def test_what_changes_between_steps_is_seen():
+    """Nothing that is looked at once may hide a new parameter, another λ, or a module that was replaced."""
+    x = torch.randn(6, 5, dtype=torch.float64)
+    net, other = racecar.wrap(nested(), lam=0.3), racecar.wrap(nested(), lam=0.3)
+    other[1].register_forward_hook(lambda *_: None)
+
+    def assert_same() -> None:
+        for ours, theirs in zip(step(net, x), step(other, x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+    assert_same()
+    for model in (net, other):
+        model.lam = [0.1, 0.7]
+    assert_same()
+    for model in (net, other):
+        model[1].weight = nn.Parameter(model[1].weight.detach() * 2)
+    assert_same()
+    for model in (net, other):
+        nn.utils.parametrizations.weight_norm(model[1])
+    assert_same()
+    assert net.plan.layer_by_layer is None
+    net[0][1] = nn.ReLU()
+    assert net.plan.layer_by_layer == "the model was changed after wrapping"
+
+
+def test_a_copy_has_its_own_lam():
+    net, x = racecar.wrap(nested(), lam=0.3), torch.randn(6, 5, dtype=torch.float64)
+    net(x)
+    twin = copy.deepcopy(net)
+    for lam in (0.2, 0.4):  # as often as the original's was set, and once more
+        twin.lam = lam
+    twin(x)
+    net(x)
+    torch.testing.assert_close(twin.reverse_loss * 0.3, net.reverse_loss * 0.4)
+
+
 def test_frozen_norms_and_eval_dropout_are_no_obstacle():
     net = racecar.wrap(network(dropout=0.5), lam=0.1)
     net[1].eval()

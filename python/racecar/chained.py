@@ -70,12 +70,11 @@ class Chained:
         self.watched = [*containers, *self.inside]
         self.children = [(module, type(module), [*module._modules.values()]) for module in containers]
         self.top = [*model._modules.values()]
-        moody = (*describe.DROPOUTS, nn.modules.batchnorm._NormBase)
-        self.moody = [module for module in self.inside if isinstance(module, moody)]
+        unruly = (*describe.DROPOUTS, nn.modules.batchnorm._NormBase)
+        self.unruly = [module for module in self.inside if isinstance(module, unruly)]
         self.latents = [*(layer.latent for layer in engine.plan.layers[1:]), self.last]
         self._norms = [module for own in self.latents for module in own if describe.is_a(module, describe.NORMS)]
         self._prepared: dict[tuple[bool, ...], Prepared] = {}
-        self._sized: tuple[tuple[int, ...], list[tuple[int, ...]]] | None = None
         self.obstacle = self._why_never(engine)
 
     def _why_never(self, engine: Engine) -> str | None:
@@ -110,7 +109,7 @@ class Chained:
         for module in self.watched:
             if self._watched(module):
                 return f"a {type(module).__name__} in it has hooks"
-        for module in self.moody:
+        for module in self.unruly:
             if module.training and self._random_or_odd(module, engine):
                 return f"a {type(module).__name__} in it does more than its reverse knows"
         return None
@@ -156,10 +155,10 @@ class Chained:
         y, sums = rk.run_chain(
             prepared.chain, prepared.text, x, weights, biases, prepared.params(), memory=settings.memory, report=report
         )
-        shapes = self._shapes(prepared.chain, x, weights)
-        if report.stats:
-            self._update_statistics(prepared, report.stats, shapes[1:])
-        run.shapes, run.sums = shapes, [sums]
+        run.sums = [sums]
+        if report.stats or settings.reduction == "mean":
+            run.shapes = self._shapes(prepared.chain, x, weights)
+            self._update_statistics(prepared, report.stats, run.shapes[1:])
         if settings.memory == "deferred":
             run.reports = [PartOfReport(report, m) for m in range(settings.layers)]
         y = engine.released(y)
@@ -178,15 +177,13 @@ class Chained:
             self._prepared[mode] = Prepared(chain, str(chain), latents, chain.tensors == 0)
         return self._prepared[mode]
 
-    def _shapes(self, chain: rk.Chain, x: Tensor, weights: list[Any]) -> list[tuple[int, ...]]:
+    @staticmethod
+    def _shapes(chain: rk.Chain, x: Tensor, weights: list[Any]) -> list[tuple[int, ...]]:
         """Those of d_1 .. d_{n+1}."""
-        first = tuple(x.shape)
-        if self._sized is None or self._sized[0] != first:
-            shapes = [first]
-            for layer, weight in zip(chain.layers, weights, strict=True):
-                shapes.append(layer.output_shape(shapes[-1], tuple(weight.shape)))
-            self._sized = first, shapes
-        return self._sized[1]
+        shapes = [tuple(x.shape)]
+        for layer, weight in zip(chain.layers, weights, strict=True):
+            shapes.append(layer.output_shape(shapes[-1], tuple(weight.shape)))
+        return shapes
 
     def _update_statistics(self, prepared: Prepared, stats: list[Tensor], shapes: list[tuple[int, ...]]) -> None:
         """Running means and variances, as the norms' own forward would have left them."""

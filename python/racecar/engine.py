@@ -103,7 +103,12 @@ class Engine:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "run": None, "result": None}  # a copy starts without the original's graph
+        return {
+            **self.__dict__,
+            "run": None,
+            "result": None,
+            "_last_weights": None,
+        }  # a copy starts without the original's graph
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -234,7 +239,7 @@ class Engine:
     def finish(self, run: Run) -> None:
         """Σ λ_m · loss_m of the forward that has just run."""
         count = self.settings.layers
-        whole = self.settings.variant == "full" or run.shapes
+        whole = run.sums[0].dim() == 1  # all layers' sums in one tensor
         sums = run.sums[0] if whole else torch.stack(run.sums[:count])
         if sums.shape[0] > count:
             sums = sums[:count]
@@ -255,6 +260,7 @@ class Engine:
         if self.lam_tensor.device != like.device:
             with torch.inference_mode(False):
                 self.lam_tensor = self.lam_tensor.to(like.dtype).to(like.device)  # not every device knows float64
+            self._last_weights = None
         if torch.compiler.is_compiling() or not like.is_cpu:  # a graph that is captured has to read λ every time
             return self._weighted(factors, like)
         key = (self.lam_tensor._version, like.dtype, factors, self._processes())

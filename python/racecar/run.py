@@ -21,7 +21,8 @@ class Report(Protocol):
 
 @dataclass
 class Run:
-    """One forward under way: what the hooks have seen so far; `shapes`: of d_1 .. d_{n+1}, where no hook saw them."""
+    """One forward under way: what the hooks have seen so far; `shapes`: of d_1 .. d_{n+1}, where they
+    matter and no hook saw them."""
 
     reconstruct: bool = False
     targets: list[Tensor] = field(default_factory=list)
