@@ -119,6 +119,8 @@ def _compiled(text: str) -> tuple[str | None, Any]:
 def _why_never(chain: Chain) -> str | None:
     if chain.backend not in (None, "cpp"):
         return f"backend {chain.backend!r} was asked for"
+    if not chain.layers:
+        return "there are no layers"
     if not all(layer.tied.dims == 0 and not layer.pre for layer in chain.layers):
         return "not all of its layers are linear"
     for own in (layer.latent for layer in chain.layers):

@@ -103,12 +103,8 @@ class Engine:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "run": None,
-            "result": None,
-            "_last_weights": None,
-        }  # a copy starts without the original's graph
+        left_behind = {"run": None, "result": None, "_last_weights": None}  # a copy starts without the original's graph
+        return {**self.__dict__, **left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
