@@ -52,7 +52,7 @@ struct LinearChainJob {
   double *grads;        // per chunk: each layer's weight, then its bias
 };
 
-// scratch: chain_scratch(job) bytes.
+// scratch: chain_scratch(...) bytes.
 using ChainKernel = void (*)(const LinearChainJob &job, int64_t chunk, void *scratch);
 
 struct ChainKernels {
@@ -61,9 +61,10 @@ struct ChainKernels {
 
 constexpr int64_t kChainVector = 64; // bytes of the widest register
 
-inline int64_t chain_scratch(const LinearChainJob &job, bool backward) {
-  const int64_t rows = (2 * job.features + 4 * job.widest) * kChainRows * 8;
-  return rows + (backward ? job.params * kChainVector : 0) + 16 * kChainVector;
+// `size`: bytes of a number of the type that is computed in.
+inline int64_t chain_scratch(const LinearChainJob &job, int64_t size, bool backward) {
+  const int64_t rows = (2 * job.features + 4 * job.widest) * kChainRows * size;
+  return rows + (backward ? job.params * kChainVector : 0) + kChainVector;
 }
 
 // The same kernels, compiled for one level of SIMD instructions.

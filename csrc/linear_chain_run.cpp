@@ -153,9 +153,9 @@ public:
 
   void run(bool backward) const {
     const ChainKernels &kernels = level_in_use().of_type[static_cast<int>(type_of(x_.scalar_type()))];
-    const int64_t bytes = chain_scratch(job, backward);
+    const int64_t bytes = chain_scratch(job, x_.scalar_type() == at::kDouble ? 8 : 4, backward);
     at::parallel_for(0, job.chunks, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<char[]> scratch(new char[bytes]);
+      const at::DataPtr scratch = at::getCPUAllocator()->allocate(bytes); // PyTorch's, so that its profiler sees it
       for (int64_t chunk = begin; chunk < end; ++chunk)
         (backward ? kernels.backward : kernels.forward)(job, chunk, scratch.get());
     });
