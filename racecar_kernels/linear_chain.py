@@ -117,6 +117,8 @@ def _compiled(text: str) -> tuple[str | None, Any]:
 
 
 def _why_never(chain: Chain) -> str | None:
+    if not any(layer.compare for layer in chain.layers):
+        return "no layer is compared"
     if chain.backend not in (None, "cpp"):
         return f"backend {chain.backend!r} was asked for"
     if not chain.layers:

@@ -260,7 +260,7 @@ def _handed(lazy: Lazy) -> tuple[Any, ...]:
 
 def numbered(act: str, args: tuple[Any, ...]) -> tuple[int, tuple[float, ...]] | None:
     """Number and parameters of an activation as csrc/pointwise.h defines them; None where it is not among them."""
-    if not _served(act, args):
+    if not served(act, args):
         return None
     number, *parameters = _KERNELS[act](*args)
     return number, tuple(map(float, parameters))

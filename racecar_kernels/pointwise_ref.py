@@ -63,10 +63,12 @@ def materialise_ref(
 
 
 def sum_of_squares_ref(d: Lazy, a: Lazy, window: Window = None) -> Tensor:
+    check_sizes(d, window, a=a.x)
     return undo.sum_of_squares(_value(d), _value(a), _pooling(window))
 
 
 def compare_ref(d: Lazy, a: Lazy, window: Window = None, *, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    check_sizes(d, window, a=a.x)
     value = _value(a)
     source = value.clone(memory_format=torch.preserve_format) if minus is None else _less(value, minus)
     return undo.sum_of_squares(_value(d), value, _pooling(window)), source
@@ -84,6 +86,7 @@ def grad_reverse_ref(
     loss: bool = False,
 ) -> Gradient:
     check_in_place(in_place, g_in, "g_in")
+    check_sizes(d, window, a=a.x, g_in=g_in)
     wide, value = _wide(a.x), _value(a)
     terms = [] if g_in is None else [g_in.to(wide)]
     if c2 is not None:
@@ -106,6 +109,8 @@ def grad_forward_ref(
     sums: bool = False,
 ) -> Gradient:
     check_in_place(in_place, g_full, "g_full")
+    check_sizes(d, window, a=None if a is None else a.x, g_pooled=g_pooled)
+    check_sizes(d, None, g_full=g_full)
     wide, value = _wide(d.x), _value(d)
     terms = [] if g_full is None else [g_full.to(wide)]
     if g_pooled is not None and window is None:
@@ -187,6 +192,16 @@ def check_in_place(in_place: bool, g: Tensor | None, name: str) -> None:
     """Raises ValueError where there is nothing to write over."""
     if in_place and g is None:
         raise ValueError(f"in_place=True writes over {name}, got {name} = None")
+
+
+def check_sizes(d: Lazy, window: Window, **small: Tensor | None) -> None:
+    """Raises ValueError where a tensor has not the size that d has behind its pooling: it would be broadcast."""
+    shape = tuple(d.x.shape)
+    if window is not None:
+        shape = (*shape[:2], *(n // k for n, k in zip(shape[2:], window, strict=True)))
+    for name, t in small.items():
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"{name} needs the shape {shape}, got {tuple(t.shape)}")
 
 
 def is_channels_last(t: Tensor) -> bool:

@@ -18,6 +18,7 @@ from .contract import Params
 from .layer import Ints, Layer, Pool, Step
 from .lazy import Gradient, Lazy
 from .pointwise import Family
+from .reference import over_channels
 from .weight_gradient import Pair, joining_pays, weight_gradient
 
 
@@ -185,7 +186,7 @@ def backward(
     if needs_y or needs_bias:
         g_s = transposed.source_gradient(g_u, r.weight, r.layer.tied, factor)
     if needs_bias and g_s is not None:
-        sums = kernels.channel_sum(g_s) if on_matrix(r.layer, g_s) else g_s.sum(list(range(g_s.dim() - 1)))
+        sums = kernels.channel_sum(g_s) if on_matrix(r.layer, g_s) else over_channels(g_s, r.layer)
         bias = sums.neg_()
     if needs_y and g_s is not None and factor is None and r.undo:
         g_s = undo.adjoint(g_s, whole(kernels, r.y), r.undo, r.shape)

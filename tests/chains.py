@@ -20,6 +20,7 @@ def _conv(c_in: int, c_out: int, kernel=3, **kwargs) -> nn.Conv2d:
 CHAINS: dict[str, tuple[tuple[int, ...], Callable[[], list[nn.Module]]]] = {
     "one linear": ((5, 4), lambda: [nn.Linear(4, 3)]),
     "mlp": ((7, 6), lambda: [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 3, bias=False)]),
+    "vector": ((6,), lambda: [nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3), nn.Tanh()]),
     "tokens": ((2, 5, 6), lambda: [nn.Linear(6, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 3), nn.ReLU()]),
     "conv": ((3, 2, 8, 6), lambda: [_conv(2, 4), nn.ReLU(), _conv(4, 3), nn.Sigmoid()]),
     "pooled": ((3, 2, 8, 8), lambda: [_conv(2, 4), nn.ReLU(), nn.MaxPool2d(2), _conv(4, 5), nn.ReLU(),

@@ -9,7 +9,7 @@ import fuzz_modules as fm
 import torch
 from fuzz_judge import check_close, gradients
 from fuzz_layers import must_be_refused
-from fuzz_tensors import INCOMING, Snapshot, Source, dtypes, exact, incoming, seeds, sizes, strides, values
+from fuzz_tensors import INCOMING, Snapshot, Source, dtypes, exact, incoming, seeds, serving, sizes, strides, values
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -242,7 +242,7 @@ class Run:
         biases = [own[1] if len(own) > 1 else None for own in self.parameters]
         return dict(
             x=self.x, layers=layers, weights=weights, biases=biases, params=[t for own in tensors for t in own],
-            last=phis[-1], variant=self.variant, memory=self.memory, backend=self.case.backend,
+            last=phis[-1], variant=self.variant, memory=self.memory, backend=serving(self.case.backend, self.case.dtype),
         )  # fmt: skip
 
     def chain(self) -> dict[str, list[Tensor | None]]:
@@ -265,7 +265,7 @@ class Run:
         layers, (*targets, y) = given["layers"], self.targets
         _, _, tensors = self.described()
         params = [t for own in tensors[:-1][::-1] for t in own]  # φ of the layers below, the highest first
-        segment = rk.Segment(tuple(layers[::-1]), (), self.case.backend)
+        segment = rk.Segment(tuple(layers[::-1]), (), serving(self.case.backend, self.case.dtype))
         a, losses = rk.reverse_layers(
             segment, y, targets[::-1], given["weights"][::-1], given["biases"][::-1], params,
             keep=self.memory == "store",

@@ -11,7 +11,7 @@ from pathlib import Path
 import fuzz_modules as fm
 import torch
 from fuzz_judge import check_close, gradients
-from fuzz_tensors import INCOMING, Snapshot, Source, dtypes, exact, incoming, seeds, sizes, strides, values
+from fuzz_tensors import INCOMING, Snapshot, Source, dtypes, exact, incoming, seeds, serving, sizes, strides, values
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -208,7 +208,7 @@ class Run:
         weight, bias = self.parameters[0], self.parameters[1] if own > 1 else None
         a, loss = rk.reverse_layer(
             self.y, self.target, weight, bias, **layer.settings, pre=layer.pre, latent=latent, undo=layer.undo,
-            norm=case.norm, reduction=case.reduction, memory=case.memory, backend=case.backend,
+            norm=case.norm, reduction=case.reduction, memory=case.memory, backend=serving(case.backend, case.dtype),
         )  # fmt: skip
         assert a.dtype == dtype and loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert a.requires_grad == loss.requires_grad == any(t.requires_grad for t in self.leaves)
@@ -277,7 +277,11 @@ def refused_call(case: LayerCase, layer: Built | None) -> Callable[[], object] |
     if (needs_convolution and not case.dims) or (broken.startswith("one output channel") and case.groups == 1):
         return None
     arguments = dict(y=y, target=d, weight=weight, bias=bias, pre=layer.pre, latent=latent, undo=layer.undo)
-    arguments |= settings | dict(memory=case.memory, backend=case.backend, reduction=case.reduction) | faults[broken]()
+    arguments |= (
+        settings
+        | dict(memory=case.memory, backend=serving(case.backend, case.dtype), reduction=case.reduction)
+        | faults[broken]()
+    )
     return lambda: rk.reverse_layer(**arguments)
 
 

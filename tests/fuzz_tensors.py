@@ -12,6 +12,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+import racecar_kernels as rk
+
 # How a tensor lies in memory. `expanded` repeats a slice (stride 0), `overlapping` slides a window over memory.
 STRIDES = ("contiguous", "channels_last", "permuted", "sliced", "offset", "expanded", "overlapping", "odd ones")
 VALUES = ("normal", "normal", "normal", "lattice", "lattice", "nan", "inf")
@@ -22,6 +24,12 @@ values = st.sampled_from(VALUES)
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**16)
 sizes = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 12, 0])  # 0 is refused, but not too often
+
+
+def serving(name: str | None, dtype: str) -> str | None:
+    """The backend to force: the one that was drawn, unless it does not serve the type."""
+    query = rk.Query(rk.Layer(rk.Tied()), "cpu", getattr(torch, dtype))
+    return None if name is None or rk.why_not(name, query) else name
 
 
 @dataclass

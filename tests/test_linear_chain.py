@@ -291,7 +291,7 @@ def test_the_operator_gives_what_the_node_gives(variant, memory):
     grad_losses = torch.linspace(0.2, 0.9, len(losses), dtype=losses.dtype)
     *grads, found = torch.ops.racecar.tied_chain_backward(
         torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out), grad_losses, sample.x, sample.weights,
-        sample.biases, [], out, kept, back, text, [True] * len(sample.tensors()),
+        sample.biases, [], out, [], kept, back, text, [True] * len(sample.tensors()),
     )  # fmt: skip
     assert all(map(torch.equal, grads, got[2:]))
     assert memory == "store" or variant == "full" or torch.equal(found, got[1])
