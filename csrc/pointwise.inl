@@ -27,10 +27,7 @@ template <class T> inline const T *undo_row(const Grid &g, const Tile &t, const 
 template <class T> inline void pool_row(const Grid &g, const Tile &t, int64_t r, const T *values, T *largest) {
   if (r == 0)
     each(t.windows * g.inner, [=](int64_t i) { largest[i] = -__builtin_inf(); });
-  each_tap(g, t, [=](int64_t small, int64_t full, int64_t) {
-    const T v = values[full], m = largest[small];
-    largest[small] = (v > m) | (v != v) ? v : m;
-  });
+  each_tap(g, t, [=](int64_t small, int64_t full, int64_t) { largest[small] = larger(values[full], largest[small]); });
 }
 
 // The same, with the number of the place in the window that holds it; the first one of several.
@@ -43,10 +40,9 @@ inline void find_row(const Grid &g, const Tile &t, int64_t r, const T *values, T
       place[i] = 0;
     });
   each_tap(g, t, [=](int64_t small, int64_t full, int64_t q) {
-    const T v = values[full], m = largest[small], was = place[small];
-    const bool better = (v > m) | (v != v);
-    largest[small] = better ? v : m;
-    place[small] = better ? static_cast<T>(r * kw + q) : was;
+    const T v = values[full], most = largest[small];
+    largest[small] = larger(v, most);
+    place[small] = place_of_larger(v, most, static_cast<T>(r * kw + q), place[small]);
   });
 }
 

@@ -71,8 +71,7 @@ template <class S> inline void pool_2x2(const Grid &g, const Tile &t, Values<S> 
       T most = from.template at<has, act>(full, j);
       const int64_t at[3] = {full + right, full + down, full + down + right};
       for (int q = 0; q < 3; ++q) {
-        const T v = from.template at<has, act>(at[q], j);
-        most = (v > most) | (v != v) ? v : most;
+        most = larger(from.template at<has, act>(at[q], j), most);
       }
       out[small] = Store::store(most);
     });
@@ -134,9 +133,8 @@ inline void grad_forward_2x2(const Grid &g, const Tile &t, Values<S> &d, const T
               v[q] = from.template at<has, act>(at[q], j);
             T most = v[0], place = 0;
             for (int q = 1; q < 4; ++q) {
-              const bool better = (v[q] > most) | (v[q] != v[q]);
-              most = better ? v[q] : most;
-              place = better ? static_cast<T>(q) : place;
+              place = place_of_larger(v[q], most, static_cast<T>(q), place);
+              most = larger(v[q], most);
             }
             T sum = 0, with_x = 0;
             for (int q = 0; q < 4; ++q) {

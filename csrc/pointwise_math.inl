@@ -139,6 +139,18 @@ template <class T> RACECAR_INLINE T tanh_of(T x) {
   return small ? if_small : if_large;
 }
 
+// The larger one, NaN if v is. One comparison for each choice: GCC takes a mask made of two apart, bit by bit.
+template <class T> RACECAR_INLINE T larger(T v, T most) {
+  const T larger = v > most ? v : most;
+  return v != v ? v : larger;
+}
+
+// The number q where v is the larger one or NaN, else `place`.
+template <class T> RACECAR_INLINE T place_of_larger(T v, T most, T q, T place) {
+  const T larger = v > most ? q : place;
+  return v != v ? q : larger;
+}
+
 template <class T> struct Params {
   T p0, p1, p2;
 };
@@ -170,7 +182,8 @@ template <Act act, class T> RACECAR_INLINE T activate(T u, Params<T> p) {
 // g times the derivative, from the output a.
 template <Act act, class T> RACECAR_INLINE T differentiate(T g, T a, Params<T> p) {
   if constexpr (act == Act::clamp) {
-    return (a <= p.p0) | (a >= p.p1) ? static_cast<T>(0) : g;
+    const T above = a <= p.p0 ? static_cast<T>(0) : g;
+    return a >= p.p1 ? static_cast<T>(0) : above;
   } else if constexpr (act == Act::leaky_relu) {
     const T scaled = g * p.p0;
     return a > 0 ? g : scaled;
