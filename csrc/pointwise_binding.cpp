@@ -60,6 +60,22 @@ const Tensor *pointer(const MaybeTensor &x) { return x ? &*x : nullptr; }
 const Tensor &tensor_of(const LazyTensor &lazy) { return std::get<0>(lazy); }
 void *writable(const Tensor &x) { return x.mutable_data_ptr(); }
 
+// Whether the kernels take these tensors together; why not, says racecar_kernels/pointwise.py.
+bool serves(const std::vector<Tensor> &tensors, bool pooled) {
+  const Tensor &first = tensors.front();
+  const auto type = first.scalar_type();
+  if (first.dim() < 2 || (pooled && first.dim() != 4) ||
+      (type != at::kFloat && type != at::kDouble && type != at::kBFloat16))
+    return false;
+  bool contiguous = true, last = true;
+  for (const Tensor &t : tensors) {
+    if (!t.device().is_cpu() || t.scalar_type() != type || t.layout() != at::kStrided || t.dim() != first.dim())
+      return false;
+    contiguous = contiguous && racecar::is_contiguous(t), last = last && racecar::is_channels_last(t);
+  }
+  return contiguous || last;
+}
+
 // --- the functions ----------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> channel_stats(const Tensor &x) {
@@ -236,6 +252,7 @@ void bind_pointwise(pybind11::module_ &module) {
   module.def("simd_levels", &simd_levels, "Levels of SIMD instructions that this processor has, the best one first.");
   module.def("simd_level", &simd_level, "The level in use.");
   module.def("set_simd_level", &set_simd_level, "Chooses a level, for tests and measurements; not while kernels run.");
+  module.def("serves", &serves);
   module.def("channel_stats", &channel_stats, no_gil);
   module.def("channel_sum", &channel_sum, no_gil);
   module.def("materialise", &materialise, no_gil);

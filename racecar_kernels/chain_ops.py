@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from . import chain as mathematics
 from . import chain_backward, linear_chain, phi
 from .layer import parse_chain
+from .layout import memory_format_of
 from .ops import _LIB, _like, _NoSecondDerivative, loss_dtype
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -78,11 +78,11 @@ def _backward(grad_out: Tensor | None, grad_losses: Tensor | None, *call: Any) -
 def _layouts(tied: mathematics.Tied) -> list[torch.memory_format]:
     """Memory format of what every layer gives, as PyTorch's convolutions decide: channels_last spreads.
 
-    Strides are asked, not sizes: with one channel or one pixel those leave it open.
+    Where one channel or one pixel leave it open, strides decide.
     """
-    formats, form = [], suggest_memory_format(tied.x)
+    formats, form = [], memory_format_of(tied.x)
     for weight in tied.weights:
-        form = _joined(form, suggest_memory_format(weight)) if weight.dim() > 2 else torch.contiguous_format
+        form = _joined(form, memory_format_of(weight)) if weight.dim() > 2 else torch.contiguous_format
         formats.append(form)
     return formats
 
@@ -91,7 +91,7 @@ def _back_layouts(tied: mathematics.Tied) -> list[torch.memory_format]:
     """Memory format of what every reverse layer gives, m = 1 first."""
     formats = _layouts(tied)
     return [
-        _joined(form, suggest_memory_format(w)) if w.dim() > 2 else form
+        _joined(form, memory_format_of(w)) if w.dim() > 2 else form
         for form, w in zip(formats, tied.weights, strict=True)
     ]
 

@@ -260,6 +260,15 @@ def tied_chain(
     return run_chain(chain, str(chain), x, weights, biases, params, memory=memory, report=report)
 
 
+MOST_CHECKED = 1024
+_CHECKED: set[tuple[Any, ...]] = set()
+
+
+def _look(t: Tensor | None) -> Any:
+    """All that `check_chain` asks of a tensor."""
+    return (type(t), t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t)
+
+
 def run_chain(
     chain: Chain,
     text: str,
@@ -279,8 +288,14 @@ def run_chain(
             if report is not None:
                 report.losses = ran[1] if memory == "deferred" and not ran[1].requires_grad else None
             return ran
-    check_chain(chain, x, weights, biases, params)
     flat = (x, *weights, *biases, *params)
+    seen = None if compiling else (text, len(weights), len(biases), *map(_look, flat))
+    if seen is None or seen not in _CHECKED:  # a training loop asks the same at every step
+        check_chain(chain, x, weights, biases, params)
+        if len(_CHECKED) >= MOST_CHECKED:
+            _CHECKED.clear()
+        if seen is not None:
+            _CHECKED.add(seen)
     differentiated = any(t is not None and t.requires_grad for t in flat) and torch.is_grad_enabled()
     if memory == "deferred" and differentiated:
         if compiling:

@@ -30,6 +30,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 def why_not(chain: Chain, x: Tensor, weights: Sequence[Tensor]) -> str | None:
     """None where the C++ kernels serve this chain, else a sentence that says why not. Reads shapes and types only."""
+    if any(w.dim() != 2 for w in weights):  # asked first, since it costs nothing
+        return "not all of its layers are linear"
     reason = _compiled(str(chain))[0]
     if reason is not None:
         return reason

@@ -9,6 +9,7 @@ edge: i comes from min(i // kh, h - 1).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -249,15 +250,28 @@ PLAIN = Family(
 
 
 def _module(*operands: Lazy | Tensor | None, window: Window = None) -> Any:
-    return extension.load() if why_not(*operands, window=window) is None else None
+    """The extension where it serves these operands, as `why_not` explains it, else None."""
+    module = extension.load()
+    if module is None:
+        return None
+    tensors = []
+    for operand in operands:
+        if isinstance(operand, Lazy):
+            if numbered(operand.act, operand.args) is None:
+                return None
+            tensors.append(operand.x)
+        elif operand is not None:
+            tensors.append(operand)
+    return module if module.serves(tensors, window is not None) else None
 
 
 def _handed(lazy: Lazy) -> tuple[Any, ...]:
     """As the C++ functions take it."""
-    number, *parameters = _KERNELS[lazy.act](*lazy.args)
+    number, parameters = numbered(lazy.act, lazy.args) or (0, ())
     return lazy.x, lazy.scale, lazy.shift, lazy.mean, number, lazy.done, parameters
 
 
+@lru_cache(maxsize=4096)
 def numbered(act: str, args: tuple[Any, ...]) -> tuple[int, tuple[float, ...]] | None:
     """Number and parameters of an activation as csrc/pointwise.h defines them; None where it is not among them."""
     if not served(act, args):

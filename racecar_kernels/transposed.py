@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import single_channel
 from .layer import Ints, Tied
 
 aten = torch.ops.aten
@@ -86,6 +87,8 @@ def polyphase_pays(weight: Tensor, tied: Tied) -> bool:
 
 def fold(weight: Tensor, factor: Ints) -> Tensor:
     """W_f: the sum of W's shifts by 0 .. f-1 in every spatial dimension, k + f - 1 taps."""
+    if len(factor) == 2 and max(factor) <= 2:  # one pass: windows of f over W with f - 1 zeros around it
+        return F.avg_pool2d(weight, factor, 1, [f - 1 for f in factor], divisor_override=1)
     dtype = weight.dtype
     weight = weight.to(torch.float32) if dtype.itemsize < 4 else weight
     for i, f in enumerate(factor):
@@ -98,7 +101,9 @@ def fold(weight: Tensor, factor: Ints) -> Tensor:
 
 
 def fold_adjoint(grad: Tensor, factor: Ints) -> Tensor:
-    """∂/∂W from ∂/∂W_f."""
+    """∂/∂W from ∂/∂W_f: the sum over windows of f."""
+    if len(factor) == 2:
+        return F.avg_pool2d(grad, factor, 1, divisor_override=1)
     dtype = grad.dtype
     grad = grad.to(torch.float32) if dtype.itemsize < 4 else grad
     for i, f in enumerate(factor):
@@ -111,6 +116,9 @@ def fold_adjoint(grad: Tensor, factor: Ints) -> Tensor:
 
 
 def plain(s: Tensor, weight: Tensor, tied: Tied, shape: Ints) -> Tensor:
+    """u = Wᵀ s by a transposed convolution, or by what `single_channel.py` does where u has one channel."""
+    if single_channel.transposed_serves(s, weight, tied):
+        return single_channel.transposed(s, weight, tied, shape)
     dims, kernel = tied.dims, weight.shape[2:]
     if tied.padding_mode == "zeros":
         cut = tied.padding

@@ -6,7 +6,7 @@ u = Wᵀ s, and s), ∂/∂W is bilinear in them:
 * a linear layer: gᵀ p,
 * a convolution: a library's kernel; or, where there are fewer pixels than channels, gᵀ cols(p) with every pixel's
   neighbourhood as a row: the result then has the layout of a channels_last weight, is not reordered, and a second
-  product is added to it in the same pass.
+  product is added to it in the same pass; or what `single_channel.py` does with one channel on one side.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
+from . import single_channel
 from .layer import Ints, Tied
+from .layout import memory_format_of
 from .transposed import fold_adjoint, padded, source_gradient
 
 aten = torch.ops.aten
@@ -63,6 +64,8 @@ def weight_gradient(
         found = fold_adjoint(_convolution(pair, folded, replace(tied, stride=factor)), factor)
     elif tied.dims == 0 or product_pays(pair, weight, tied):
         return _product(pair, weight, tied, add_to)
+    elif single_channel.weight_gradient_serves(*pair, weight, tied):
+        found = single_channel.weight_gradient(*pair, weight, tied)
     else:
         found = _convolution(pair, weight, tied)
     return found if add_to is None else add_to.add_(found)
@@ -144,6 +147,6 @@ def _clear(weight: Tensor) -> Tensor:
     Dimensions of size 1 may have any stride; then one part of ATen takes a weight for channels_last, another does not,
     and its gradient fails ("grad_weight must be contiguous").
     """
-    if weight.dim() != 4 or weight.is_contiguous() or suggest_memory_format(weight) == torch.channels_last:
+    if weight.dim() != 4 or weight.is_contiguous() or memory_format_of(weight) == torch.channels_last:
         return weight
     return weight.contiguous()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import racecar_kernels as rk
-from racecar_kernels import describe, transposed, weight_gradient
+from racecar_kernels import describe, single_channel, transposed, weight_gradient
 from racecar_kernels.layer import Segment, Tied, parse
 
 BY_NAME = {case.name: case for case in CASES}
@@ -179,6 +179,31 @@ def test_the_transposed_convolution_is_the_exact_adjoint(kernel, stride, padding
     y = torch.randn_like(ax)
     back = transposed.forward(y, op.weight, describe.tied_of(op), tuple(x.shape))
     torch.testing.assert_close((ax * y).sum(), (x * back).sum())
+
+
+@given(
+    wide=st.integers(16, 20), kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), padding=st.integers(0, 3),
+    dilation=st.integers(1, 2), size=st.tuples(st.integers(4, 9), st.integers(4, 9)), into=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_one_channel_on_one_side(wide, kernel, padding, dilation, size, into) -> None:
+    """The forms of `single_channel.py` against PyTorch's."""
+    tied = Tied((1, 1), ((padding, padding),) * 2, (dilation, dilation))
+    if any(dilation * (k - 1) + 1 > n + 2 * padding for k, n in zip(kernel, size, strict=True)):
+        return
+    weight = torch.randn(*((wide, 1) if into else (1, wide)), *kernel, dtype=torch.float64)
+    op = nn.Conv2d(*weight.shape[1::-1], kernel, 1, padding, dilation, bias=False).double()
+    op.weight.data.copy_(weight)
+    x = torch.randn(2, weight.shape[1], *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    y = op(x)
+    g = torch.randn_like(y).contiguous(memory_format=torch.channels_last)
+    want_x, want_w = torch.autograd.grad(y, (x, op.weight), g)
+    assert single_channel.weight_gradient_serves(x, g, weight, tied) != into  # into many channels: of larger tensors
+    torch.testing.assert_close(single_channel.weight_gradient(x.detach(), g, weight, tied), want_w)
+    if into:
+        torch.testing.assert_close(single_channel.transposed(g, weight, tied, tuple(x.shape)), want_x)
+        assert not single_channel.transposed_serves(g, weight, tied)  # too few pixels
 
 
 @given(
