@@ -62,7 +62,7 @@ inline const T *gather(const S *g, bool loss, T c2, int64_t n, T *into, F residu
   return into;
 }
 
-// Σ g and Σ g·(x - mean) of a row that begins at `first`.
+// Σ g of a row that begins at `first`, and with an affine Σ g·(x - mean), the gradient of its scale.
 template <class S>
 inline void sum_gradient(ChannelSums<S> &to, const Grid &g, int64_t outer, int64_t n, const S *own, Values<S> &of,
                          int64_t first) {
@@ -70,6 +70,8 @@ inline void sum_gradient(ChannelSums<S> &to, const Grid &g, int64_t outer, int64
   using Pair = typename ChannelSums<S>::template Pair<T>;
   if (!to.wanted)
     return;
+  if (!of.affine)
+    return to.add(g, outer, n, [=](int64_t i) { return Pair{Storage<S>::load(own[i]), 0}; });
   const S *const x = of.x + first;
   if (!of.centred)
     return to.add(g, outer, n, [=](int64_t i) {

@@ -148,15 +148,14 @@ inline void grad_forward_2x2(const Grid &g, const Tile &t, Values<S> &d, const T
               if constexpr (decltype(summed)::on) {
                 const T rounded = Store::load(stored);
                 sum += rounded;
-                if constexpr (has)
+                if constexpr (has) // without a scale nobody asks for its gradient
                   with_x += rounded * (Store::load(from.x[at[q]]) - (mean ? mean[j] : static_cast<T>(0)));
-                else
-                  with_x += rounded * Store::load(from.x[at[q]]);
               }
             }
             if constexpr (decltype(summed)::on) {
               sums.first[small] += sum;
-              sums.second[small] += with_x;
+              if constexpr (has)
+                sums.second[small] += with_x;
             }
           });
         });

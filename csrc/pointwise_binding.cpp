@@ -151,7 +151,9 @@ std::tuple<Tensor, MaybeTensor> compare(const LazyTensor &d, const LazyTensor &a
 using Gradient = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 // Runs one of the two gradient kernels over a job that is complete but for its result and its sums.
-Gradient gradient(Call &call, Kernel kernel, const Tensor &like, bool sums, const MaybeTensor &g, bool in_place) {
+Gradient gradient(Call &call, Kernel kernel, const Tensor &like, bool affine, bool sums, const MaybeTensor &g,
+                  bool in_place) {
+  sums = sums || affine;
   TORCH_CHECK(g || !in_place, "in_place writes over the gradient that comes in, but there is none");
   call.job.g = g ? g->const_data_ptr() : nullptr;
   Tensor out = in_place ? *g : at::empty_like(like);
@@ -165,7 +167,8 @@ Gradient gradient(Call &call, Kernel kernel, const Tensor &like, bool sums, cons
   if (!sums)
     return {out, std::nullopt, std::nullopt, loss};
   const auto [sum, with_x] = call.channel_sums();
-  return {out, sum.to(call.wide()), with_x.to(call.wide()), loss};
+  const auto wide = call.wide();
+  return {out, sum.to(wide), affine ? MaybeTensor(with_x.to(wide)) : std::nullopt, loss};
 }
 
 Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &window, std::optional<double> c2,
@@ -181,7 +184,7 @@ Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &wi
   call.job.c2 = c2.value_or(0);
   if (loss)
     call.sum_squares();
-  return gradient(call, call.kernels().grad_reverse, tensor_of(a), sums || std::get<2>(a).has_value(), g_in, in_place);
+  return gradient(call, call.kernels().grad_reverse, tensor_of(a), std::get<2>(a).has_value(), sums, g_in, in_place);
 }
 
 Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, const Window &window,
@@ -201,8 +204,7 @@ Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, c
   call.job.loss = c2.has_value();
   call.job.c2 = c2.value_or(0);
   call.job.pooled = g_pooled ? g_pooled->const_data_ptr() : nullptr;
-  return gradient(call, call.kernels().grad_forward, tensor_of(d), sums || std::get<2>(d).has_value(), g_full,
-                  in_place);
+  return gradient(call, call.kernels().grad_forward, tensor_of(d), std::get<2>(d).has_value(), sums, g_full, in_place);
 }
 
 Tensor norm_input_grad_(const Tensor &g, const Tensor &x, const Tensor &mean, const Tensor &k0, const Tensor &k1,

@@ -16,7 +16,7 @@ from .reverse import on_matrix, whole, wide_of
 from .weight_gradient import Pair, joined, weight_gradient
 
 # Bytes of a part of the batch: it stays in a core's cache, and its memory is used again by the next one.
-PART = 1 << 21
+PART = 1 << 22
 
 
 class Gradients(NamedTuple):

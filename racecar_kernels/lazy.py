@@ -39,7 +39,7 @@ class Lazy(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """A gradient g; Σ g and Σ g·(x - mean) per channel where wanted, and Σ (d - undo(a))² where wanted.
+    """A gradient g; Σ g per channel where wanted, Σ g·(x - mean) with an affine, Σ (d - undo(a))² where wanted.
 
     The sums are float32, or float64 for float64.
     """

@@ -124,7 +124,7 @@ def backward(
         g, grads = latent.backward(grad.g, own, params, reading.entries)
         return g, grads, None
     norm = reading.norm
-    if norm is None or grad.total is None or grad.with_x is None:
+    if norm is None or grad.total is None or grad.with_x is None:  # without a norm there is no affine
         return grad.g, [], grad.total
     own_grads: list[Tensor | None] = [
         None if params[0] is None else grad.with_x * norm.rstd,

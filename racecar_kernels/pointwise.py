@@ -175,8 +175,8 @@ def grad_reverse(
     """g = act_a'(·) · (g_in + c2 · Σ_window (undo(a) - d)) at a's size.
 
     c2 is twice the gradient of `sum_of_squares` (0-d). Either term may be None. g is not yet multiplied by the scale;
-    Σ g and Σ g·(a.x - mean) come with an affine, as the gradients of the norm need them, or with `sums`. `loss`: also
-    Σ (d - undo(a))², in the same pass. `in_place` writes g over g_in.
+    Σ g and Σ g·(a.x - mean) come with an affine, as the gradients of the norm need them, Σ g also with `sums`. `loss`:
+    also Σ (d - undo(a))², in the same pass. `in_place` writes g over g_in.
     """
     check_in_place(in_place, g_in, "g_in")
     module = _module(d, a, g_in, window=window)

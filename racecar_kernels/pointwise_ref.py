@@ -156,9 +156,9 @@ def _through(lazy: Lazy, value: Tensor, g: Tensor, out: Tensor | None, sums: boo
         row = TABLE[lazy.act]
         g = row.backward(g, value.to(g.dtype) if row.from_output(*lazy.args) else _before(lazy), *lazy.args)
     g = g.to(value.dtype) if out is None else out.copy_(g)
-    if not sums and lazy.scale is None and lazy.shift is None:
-        return Gradient(g)
     wide = _wide(g)
+    if lazy.scale is None and lazy.shift is None:
+        return Gradient(g, _sum(g.to(wide)) if sums else None)
     off = lazy.x.to(wide) if lazy.mean is None else lazy.x.to(wide) - _along(lazy.mean, g)
     return Gradient(g, _sum(g.to(wide)), _sum(g.to(wide) * off))
 

@@ -242,7 +242,8 @@ class Run:
         biases = [own[1] if len(own) > 1 else None for own in self.parameters]
         return dict(
             x=self.x, layers=layers, weights=weights, biases=biases, params=[t for own in tensors for t in own],
-            last=phis[-1], variant=self.variant, memory=self.memory, backend=serving(self.case.backend, self.case.dtype),
+            last=phis[-1], variant=self.variant, memory=self.memory,
+            backend=serving(self.case.backend, self.case.dtype),
         )  # fmt: skip
 
     def chain(self) -> dict[str, list[Tensor | None]]:
