@@ -13,7 +13,7 @@ from .chain import Tied, keeps_result, received, reverse_all, reverse_stats_coun
 from .layer import Layer
 from .lazy import Lazy, Window
 from .reverse import on_matrix, whole, wide_of
-from .weight_gradient import Pair, joined, weight_gradient
+from .weight_gradient import Pair, joined, product_pays, weight_gradient
 
 # Bytes of a part of the batch: it stays in a core's cache, and its memory is used again by the next one.
 PART = 1 << 22
@@ -58,11 +58,9 @@ class Arriving(NamedTuple):
 
 
 class Backward:
-    """The backward of one chain, from what its forward kept."""
+    """The backward of one chain. It empties `kept` and `back`, what the forward kept: each is let go after its use."""
 
-    def __init__(
-        self, tied: Tied, out: Tensor, stats: Sequence[Tensor], kept: Sequence[Tensor], back: Sequence[Tensor]
-    ):
+    def __init__(self, tied: Tied, out: Tensor, stats: Sequence[Tensor], kept: list[Tensor], back: list[Tensor]):
         self.tied, self.out, self.kept = tied, out, kept
         self.kernels = tied.kernels()
         self.layers = range(len(tied.chain.layers))
@@ -75,11 +73,12 @@ class Backward:
         self.losses: list[Tensor] = []
         self.readings: dict[int, phi.Reading] = {}
 
-    def set_reverse(self, kept: Sequence[Tensor]) -> None:
+    def set_reverse(self, kept: list[Tensor]) -> None:
         """What the reverse left behind; empty where it kept nothing."""
         n = len(self.layers)
         self.back = list(kept[:n])
         self.back_stats = _cut(kept[n:], [reverse_stats_count(self.tied.chain, m) if kept else 0 for m in self.layers])
+        kept.clear()
 
     def run(self, grad_out: Tensor | None, grad_losses: Tensor | None, needs: Needs) -> Gradients:
         """All gradients; the reverse's first (full), then the forward's from the last layer to the first."""
@@ -102,11 +101,14 @@ class Backward:
                 arriving, a = self.local_backward(m, arriving, twice[m], needs, late=late)
             elif grad_losses is not None:
                 self.losses.append(self.out.new_zeros((), dtype=wide_of(self.out)))
+            self.let_go(self.back, m)  # `a` has it as long as it is needed
             if not arriving.nothing and m == 0 and not needs.x:
                 self.first_backward(arriving, needs)
                 arriving = Arriving()
             elif not arriving.nothing:
                 arriving = self.forward_backward(m, arriving, a, twice[m], needs)
+            self.readings.pop(m, None)
+            self.let_go(self.kept, m)
         found = torch.stack(self.losses[::-1]) if late and not chain.full else None
         flat = [p for own in self.params for p in own]
         return Gradients(self.at_input(arriving) if needs.x else None, self.weights, self.biases, flat, found)
@@ -139,6 +141,11 @@ class Backward:
         """What the reverse of layer m gave."""
         layer, params = self.tied.chain.layers[m], self.tied.latent(m - 1)[1] if m else ()
         return reverse.resume(self.kernels, layer, params, self.back[m], self.back_stats[m])
+
+    def let_go(self, of: list[Tensor], m: int) -> None:
+        """Nobody reads what was kept of layer m any more."""
+        if m < len(of):
+            of[m] = self.out.new_empty(0)
 
     # ------------------------------------------------------------------ the reverse
 
@@ -271,9 +278,12 @@ class Backward:
         """The weight's gradient of the forward, in one product with that of the reverse where both wait for it."""
         weight, kind = self.tied.weights[m], self.tied.chain.layers[m].tied
         waiting, self.pending[m] = self.pending[m], None
-        both = pair if waiting is None else joined(waiting, pair)
-        del waiting, pair
-        self.weights[m] = weight_gradient(both, weight, kind, add_to=self.weights[m])
+        if waiting is not None and product_pays(pair, weight, kind):
+            self.weights[m] = weight_gradient(waiting, weight, kind)
+        elif waiting is not None:
+            pair = joined(waiting, pair)
+        del waiting
+        self.weights[m] = weight_gradient(pair, weight, kind, add_to=self.weights[m])
 
     def bias_gradient(self, g: Tensor, layer: Layer) -> Tensor:
         return self.kernels.channel_sum(g) if on_matrix(layer, g) else reference.over_channels(g, layer)

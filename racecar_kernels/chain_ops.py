@@ -64,7 +64,7 @@ def _backward(grad_out: Tensor | None, grad_losses: Tensor | None, *call: Any) -
     if linear_chain.why_not(parse_chain(text), x, weights) is None:
         return linear_chain.backward(text, grad_out, grad_losses, x, weights, biases, out, (kept, back), needs)
     tied = mathematics.Tied(parse_chain(text), x, weights, biases, params)
-    kept = [out if k.numel() == 0 else k for k in kept]
+    kept[:] = [out if k.numel() == 0 else k for k in kept]
     n = len(weights)
     wanted = chain_backward.Needs(needs[0], needs[1 : 1 + n], needs[1 + n : 1 + 2 * n])
     with torch._C._DisableAutocast():
@@ -136,16 +136,31 @@ class TiedChain(torch.autograd.Function):
             return (None,) * (4 + len(needs))
         saved = iter(ctx.saved_tensors)
         flat, (out,), stats, kept = (list(islice(saved, n)) for n in (ctx.counts[0], 1, *ctx.counts[1:]))
+        back = list(saved)
+        del saved
+        # past the operator where nothing watches it: what is kept is then let go as soon as it has been used
+        watched = _is_watched((*flat, grad_out, grad_losses))
+        if not watched:
+            ctx.maybe_clear_saved_tensors()  # keeps them if the graph is to be used again
+        run = torch.ops.racecar.tied_chain_backward if watched else _backward
         with torch.no_grad():
-            *grads, losses = torch.ops.racecar.tied_chain_backward(
-                grad_out, grad_losses, *_split(flat, ctx.n), out, stats, kept, list(saved), ctx.chain, needs
-            )
+            *grads, losses = run(grad_out, grad_losses, *_split(flat, ctx.n), out, stats, kept, back, ctx.chain, needs)
         if ctx.report is not None and losses.numel():
             ctx.report.losses = losses
         if torch.is_grad_enabled():  # create_graph=True
             grads = list(_NoSecondDerivative.apply(len(grads), *grads, *flat, grad_out, grad_losses))
         left = iter(grads)
         return None, None, None, None, *(next(left) if needed else None for needed in needs)
+
+
+def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a mode, a transform, a compiler or a tensor's own class has to see the operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
 
 
 def _split(flat: Sequence[Any], n: int) -> tuple[Any, Any, Any, Any]:

@@ -34,7 +34,7 @@ def batch_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
 
 
 def batch_norm_backward_ref_(g: Tensor, x: Tensor, norm: BatchNorm, total: Tensor, with_x: Tensor) -> Tensor:
-    per = norm.scale / -(x.numel() / x.shape[1])
+    per = norm.scale / -(x.numel() / max(1, x.shape[1]))
     return norm_input_grad_ref_(g, x, norm.mean, norm.scale, with_x * norm.rstd.square() * per, total * per)
 
 

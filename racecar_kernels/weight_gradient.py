@@ -77,9 +77,8 @@ def joined(a: Pair, b: Pair) -> Pair:
 
 
 def joining_pays(pair: Pair, weight: Tensor, tied: Tied) -> bool:
-    """Whether to wait for the second pair: where the weight is what there is most of, and the library multiplies."""
-    most = weight.numel() > pair.read.numel() + pair.grad.numel()
-    return tied.dims > 0 and most and not product_pays(pair, weight, tied)
+    """Whether to wait for the second pair: where the weight is what there is most of, to multiply as to keep."""
+    return tied.dims > 0 and weight.numel() > pair.read.numel() + pair.grad.numel()
 
 
 def product_pays(pair: Pair, weight: Tensor, tied: Tied) -> bool:

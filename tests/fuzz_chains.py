@@ -292,6 +292,9 @@ class Run:
         losses, a = [], y
         for m in reversed(range(len(self.links))):
             link, below = self.links[m], self.links[m - 1].latent if m else self.activation
+            if self.variant == "local" and not self.targets and not self.case.layers[m].compare:
+                losses.append(y.new_zeros(()))  # is not run backwards, so φ need not fit what would come back
+                continue
             source = y if self.variant == "full" else d[m + 1]
             a = fm.reversed_once(link.op, source, torch.Size(link.seen), below, plain=plain)
             y = fm.undone(link.pre, a, d[m].shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from racecar_kernels import extension, pointwise
 from racecar_kernels.activations import TABLE
-from racecar_kernels.pointwise import Lazy, Window
+from racecar_kernels.pointwise import BatchNorm, Lazy, Window
 
 MODULE = extension.load()
 LEVELS = ("none",) if MODULE is None else tuple(MODULE.simd_levels())
@@ -26,9 +26,11 @@ ARGUMENTS = {
 PIECEWISE = ("identity", "relu", "relu6", "hardtanh", "leaky_relu")
 ACTS = ("identity", *(name for name in TABLE if name != "prelu"), *PIECEWISE)
 FUNCTIONS = (
-    "channel_stats", "channel_sum", "subtract_bias", "norm_input_grad_", "materialise", "sum_of_squares",
-    "grad_reverse", "grad_forward",
+    "channel_stats", "channel_sum", "batch_norm", "batch_norm_backward_", "norm_input_grad_", "materialise",
+    "sum_of_squares", "compare", "grad_reverse", "grad_forward", "grad_reverse", "grad_forward",
 )  # fmt: skip
+MEASURING = ("channel_stats", "batch_norm", "batch_norm_backward_")  # divide
+TENSORS = ("x", "scale", "shift", "mean")
 FAULTS = ("a of another size", "window beyond the image", "shift of another length", "an activation of no name")
 
 
@@ -47,6 +49,9 @@ class PointwiseCase:
     terms: tuple[bool, bool, bool]  # c2 · residual, incoming gradients at one size and at the other
     in_place: bool
     pooled: bool
+    done: bool  # d and a hold what their activations gave
+    mean: bool  # what the sums of gradients take off
+    extra: bool  # the sums and the loss beside a gradient, a bias off what is materialised
     layout: str  # of all tensors, or `each`
     dtype: str
     values: str
@@ -76,6 +81,9 @@ pointwise_cases = st.builds(
     terms=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     in_place=st.booleans(),
     pooled=st.booleans(),
+    done=st.sampled_from([False, False, True]),
+    mean=st.booleans(),
+    extra=st.booleans(),
     layout=st.sampled_from(["contiguous", "channels_last", "channels_last", "each"]),
     dtype=dtypes,
     values=values,
@@ -97,13 +105,16 @@ class Operands:
 
     @property
     def tensors(self) -> list[Tensor]:
-        lazies = [t for lazy in (self.d, self.a) for t in lazy[:3] if t is not None]
+        lazies = [t for lazy in (self.d, self.a) for t in map(lazy.__getattribute__, TENSORS) if t is not None]
         return [*lazies, self.g_full, self.g_small, self.c2, *self.k]
 
     def holding(self, tensors: list[Tensor]) -> Operands:
         """The same with other tensors, in the order of `tensors`."""
         left = iter(tensors)
-        lazies = [Lazy(*(None if t is None else next(left) for t in lazy[:3]), *lazy[3:]) for lazy in (self.d, self.a)]
+        lazies = [
+            lazy._replace(**{name: None if getattr(lazy, name) is None else next(left) for name in TENSORS})
+            for lazy in (self.d, self.a)
+        ]
         return Operands(*lazies, next(left), next(left), next(left), list(left))
 
 
@@ -147,32 +158,43 @@ def build(case: PointwiseCase) -> Operands:
     def lazy(shape: tuple[int, ...], act: str) -> Lazy:
         scale = per_channel() if case.affine == "both" else None
         shift = per_channel() if case.affine != "none" else None
-        return Lazy(source.tensor(shape, leaf=False), scale, shift, act, ARGUMENTS.get(act, ()))
+        args = ARGUMENTS.get(act, ())
+        done = case.done and shift is None and (act == "identity" or TABLE[act].from_output(*args))
+        return Lazy(
+            source.tensor(shape, leaf=False), scale, shift, act, args, per_channel() if case.mean else None, done
+        )
 
     d, a = lazy(case.shape, case.act_d), lazy(small, case.act_a)
     full, pooled = source.tensor(case.shape, leaf=False), source.tensor(small, leaf=False)
-    return Operands(d, a, full, pooled, torch.tensor(0.5, dtype=wide.dtype), [per_channel() for _ in range(3)])
+    return Operands(d, a, full, pooled, torch.tensor(0.5, dtype=wide.dtype), [per_channel() for _ in range(4)])
 
 
 def call(case: PointwiseCase, o: Operands, *, ref: bool) -> list[Tensor]:
     """What the case's function gives, without what it leaves out."""
-    f: Callable = getattr(pointwise, case.function + "_ref" * ref if case.function != "norm_input_grad_"
-                          else "norm_input_grad_ref_" if ref else case.function)  # fmt: skip
+    name = case.function
+    plain = name[:-1] + "_ref_" if name.endswith("_") else name + "_ref"
+    f: Callable = getattr(pointwise, plain if ref else name)
     window: Window = case.window
     loss, first, second = case.terms
     given: dict[str, Callable[[], object]] = {
         "channel_stats": lambda: f(o.d.x),
         "channel_sum": lambda: f(o.d.x),
-        "subtract_bias": lambda: f(o.d.x, o.k[0]),
+        "batch_norm": lambda: f(o.d.x, o.k[0] if case.extra else None, o.k[1] if case.mean else None, 0.1),
+        "batch_norm_backward_": lambda: f(o.g_full, o.d.x, BatchNorm(*o.k), o.k[2], o.k[3]),
         "norm_input_grad_": lambda: f(o.g_full, o.d.x, *o.k),
-        "materialise": lambda: f(o.d, window, pooled=case.pooled and window is not None, in_place=case.in_place),
+        "materialise": lambda: f(
+            o.d, window, pooled=case.pooled and window is not None, in_place=case.in_place,
+            minus=o.k[0] if case.extra else None,
+        ),
         "sum_of_squares": lambda: f(o.d, o.a, window),
+        "compare": lambda: f(o.d, o.a, window, minus=o.k[0] if case.extra else None),
         "grad_reverse": lambda: f(
-            o.d, o.a, window, o.c2 if loss else None, o.g_small if first else None, in_place=case.in_place and first
+            o.d, o.a, window, o.c2 if loss else None, o.g_small if first else None,
+            in_place=case.in_place and first, sums=case.extra, loss=case.extra and loss,
         ),
         "grad_forward": lambda: f(
             o.d, o.a if loss else None, window, o.c2 if loss else None, o.g_small if first else None,
-            o.g_full if second else None, in_place=case.in_place and second,
+            o.g_full if second else None, in_place=case.in_place and second, sums=case.extra,
         ),
     }  # fmt: skip
     results = given[case.function]()
@@ -183,7 +205,7 @@ def call(case: PointwiseCase, o: Operands, *, ref: bool) -> list[Tensor]:
 def _served(case: PointwiseCase, operands: Operands) -> str:
     dtype = getattr(torch, case.dtype)
     inputs = [exact(t) for t in operands.tensors]
-    written = {"norm_input_grad_": operands.g_full}
+    written = {"norm_input_grad_": operands.g_full, "batch_norm_backward_": operands.g_full}
     if case.in_place:
         written |= dict(materialise=operands.d.x, grad_reverse=operands.g_small, grad_forward=operands.g_full)
     out = written.get(case.function)
@@ -207,7 +229,7 @@ def _served(case: PointwiseCase, operands: Operands) -> str:
         want = truth(inputs)
         assert [tuple(g.shape) for g in got] == [tuple(w[0].shape) for w in want.values()]
         return "served"
-    exactly = case.values == "lattice" and case.dtype in ("float32", "float64") and case.function != "channel_stats"
+    exactly = case.values == "lattice" and case.dtype in ("float32", "float64") and case.function not in MEASURING
     check_close({str(i): [t] for i, t in enumerate(got)}, truth, inputs, dtype, exact=exactly)
     return "served"
 

@@ -172,3 +172,10 @@ def test_figures_on_a_gpu():
     assert kept_bytes(lambda: x.exp().sum(), []) == 1000 * FLOAT
     assert peak_bytes(lambda: (x * 2).sum().backward(), device="cuda") >= 1000 * FLOAT
     assert step_times({"exp": lambda: x.exp()}, rounds=2, warmup=1, device="cuda")["exp"].median > 0
+
+
+def test_the_release_of_what_was_there_before_is_not_taken_off(monkeypatch) -> None:
+    """PyTorch knows the size of a block from an earlier profile, and reports its release in this one."""
+    events = [(1, 100), (7, -50), (2, 30), (1, -100), (3, 60)]
+    monkeypatch.setattr(measure, "_memory_events", lambda prof: events)
+    assert peak_bytes(lambda: None) == 130

@@ -114,10 +114,16 @@ def peak_bytes(step: Callable[[], object], *, device: torch.device | str = "cpu"
         return torch.cuda.max_memory_allocated(device) - before
     with _memory_profile() as prof:
         step()
+    # What was there before does not count when it goes: its size is unknown, or one that was noted in an earlier profile.
+    own: dict[int, int] = {}
     now = top = 0
-    for _, change in _memory_events(prof):
-        now += change
-        top = max(top, now)
+    for address, change in _memory_events(prof):
+        if change > 0:
+            own[address] = change
+            now += change
+            top = max(top, now)
+        else:
+            now -= own.pop(address, 0)
     return top
 
 
