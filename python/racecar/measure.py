@@ -114,7 +114,7 @@ def peak_bytes(step: Callable[[], object], *, device: torch.device | str = "cpu"
         return torch.cuda.max_memory_allocated(device) - before
     with _memory_profile() as prof:
         step()
-    # What was there before does not count when it goes: its size is unknown, or one that was noted in an earlier profile.
+    # What was there before does not count when it goes: its size is unknown, or was noted in an earlier profile.
     own: dict[int, int] = {}
     now = top = 0
     for address, change in _memory_events(prof):
