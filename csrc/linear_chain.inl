@@ -13,10 +13,6 @@ namespace RACECAR_NAMESPACE {
 
 #include "linear_chain_rows.inl"
 
-template <class T> inline Params<T> params_of(const Elementwise &e) {
-  return {static_cast<T>(e.p[0]), static_cast<T>(e.p[1]), static_cast<T>(e.p[2])};
-}
-
 // One block of rows on its way through the chain.
 template <class S> class Block {
 public:
@@ -82,13 +78,13 @@ private:
 
 // φ, rounded as a tensor would be.
 template <class S> void Block<S>::activate_in_place(const Elementwise &e, int64_t features, T *u) {
-  with_constant(e.act, [=, p = params_of<T>(e)](auto tag) {
+  with_constant(e.act, [=, p = rounded<S>(e.act, e.p)](auto tag) {
     each(features * kRows, [=](int64_t i) { u[i] = Store::load(Store::store(activate<decltype(tag)::act>(u[i], p))); });
   });
 }
 
 template <class S> void Block<S>::differentiate_in_place(const Elementwise &e, int64_t features, const T *a, T *g) {
-  with_constant(e.act, [=, p = params_of<T>(e)](auto tag) {
+  with_constant(e.act, [=, p = rounded<S>(e.act, e.p)](auto tag) {
     if (decltype(tag)::act != Act::identity)
       each(features * kRows, [=](int64_t i) { g[i] = differentiate<decltype(tag)::act>(g[i], a[i], p); });
   });

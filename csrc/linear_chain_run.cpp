@@ -244,12 +244,22 @@ ChainBackward LinearChain::backward(const MaybeTensor &grad_out, const MaybeTens
   ChainBackward found;
   const Tensor incoming = grad_out ? rows_of(*grad_out) : Tensor();
   const std::vector<double> twice = grad_losses ? doubled(*grad_losses) : std::vector<double>();
-  const auto address = [](const MaybeTensor &t) {
-    return const_cast<void *>(t ? t->const_data_ptr() : nullptr); // backward reads what forward wrote
+  const auto held = [&](const MaybeTensor &t, int64_t features, const char *name) { // hooks may have laid it out anew
+    TORCH_CHECK(!t || (t->scalar_type() == x.scalar_type() && t->numel() == job.rows * features), name,
+                " is not what this chain's forward gave");
+    return t ? rows_of(*t) : Tensor();
+  };
+  TORCH_CHECK(!grad_losses || grad_losses->numel() == job.count, "one gradient per loss is needed");
+  const int64_t last = weights.back().size(0);
+  TORCH_CHECK(!grad_out || grad_out->numel() == job.rows * last, "the output's gradient needs the output's shape");
+  const Tensor kept_d = held(d, job.kept_d, "d"), kept_a = held(a, job.kept_a, "a"),
+               given = d ? held(out, last, "out") : Tensor();
+  const auto address = [](const Tensor &t) {
+    return const_cast<void *>(t.defined() ? t.const_data_ptr() : nullptr); // backward reads what forward wrote
   };
   job.grad_out = incoming.defined() ? incoming.const_data_ptr() : nullptr;
   job.twice = grad_losses ? twice.data() : nullptr;
-  job.d = address(d), job.a = address(a), job.out = d ? const_cast<void *>(out.const_data_ptr()) : nullptr;
+  job.d = address(kept_d), job.a = address(kept_a), job.out = d ? address(given) : nullptr;
   Tensor grad_x;
   if (needs.x) {
     grad_x = at::empty(x.sizes(), x.options());
@@ -259,10 +269,10 @@ ChainBackward LinearChain::backward(const MaybeTensor &grad_out, const MaybeTens
     call.layer(m).needs_weight = needs.weights[m];
   if (job.twice && !a && !full_)
     call.losses_of_chunks();
-  const std::unique_ptr<double[]> partials(new double[job.chunks * job.params]);
-  job.grads = partials.get();
+  const Tensor partials = at::empty({job.chunks * job.params}, at::kDouble);
+  job.grads = partials.mutable_data_ptr<double>();
   call.run(true);
-  const double *from = total_of(partials.get(), job.chunks, job.params);
+  const double *from = total_of(job.grads, job.chunks, job.params);
   for (size_t m = 0; m < weights.size(); ++m) {
     const auto take = [&](const Tensor &like, bool needed) {
       Tensor g = needed ? at::empty_like(like) : Tensor();

@@ -69,7 +69,8 @@ bool serves(const std::vector<Tensor> &tensors, bool pooled) {
     return false;
   bool contiguous = true, last = true;
   for (const Tensor &t : tensors) {
-    if (!t.device().is_cpu() || t.scalar_type() != type || t.layout() != at::kStrided || t.dim() != first.dim())
+    if (!t.device().is_cpu() || t.scalar_type() != type || t.layout() != at::kStrided || t.dim() != first.dim() ||
+        t.is_neg())
       return false;
     contiguous = contiguous && racecar::is_contiguous(t), last = last && racecar::is_channels_last(t);
   }
@@ -227,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(const Tensor &x, const May
                                                       const MaybeTensor &bias, double eps) {
   const auto [mean, var] = channel_stats(x);
   const Tensor rstd = (var + eps).rsqrt_();
-  const Tensor scale = weight ? rstd * *weight : rstd;
-  const Tensor shift = bias ? *bias - mean * scale : -(mean * scale);
+  const Tensor scale = weight ? rstd * weight->reshape(-1) : rstd;
+  const Tensor shift = bias ? bias->reshape(-1) - mean * scale : -(mean * scale);
   return {mean, rstd, scale, shift};
 }
 

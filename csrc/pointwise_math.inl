@@ -139,6 +139,20 @@ template <class T> RACECAR_INLINE T tanh_of(T x) {
   return small ? if_small : if_large;
 }
 
+template <class T> struct Params {
+  T p0, p1, p2;
+};
+
+// The parameters in the type that is computed in. A clamp's bounds are rounded as its results are, which the derivative
+// compares with them.
+template <class S, class T = typename Storage<S>::T> RACECAR_INLINE Params<T> rounded(Act act, const double *p) {
+  using Store = Storage<S>;
+  const Params<T> own = {static_cast<T>(p[0]), static_cast<T>(p[1]), static_cast<T>(p[2])};
+  if (act != Act::clamp)
+    return own;
+  return {Store::load(Store::store(own.p0)), Store::load(Store::store(own.p1)), own.p2};
+}
+
 // The larger one, NaN if v is. One comparison for each choice: GCC takes a mask made of two apart, bit by bit.
 template <class T> RACECAR_INLINE T larger(T v, T most) {
   const T larger = v > most ? v : most;
@@ -150,10 +164,6 @@ template <class T> RACECAR_INLINE T place_of_larger(T v, T most, T q, T place) {
   const T larger = v > most ? q : place;
   return v != v ? q : larger;
 }
-
-template <class T> struct Params {
-  T p0, p1, p2;
-};
 
 template <Act act, class T> RACECAR_INLINE T activate(T u, Params<T> p) {
   if constexpr (act == Act::clamp) {

@@ -135,8 +135,7 @@ template <class S> struct Values {
 
   Values(const Lazy &lazy, const Grid &g, Arena &arena)
       : x(static_cast<const S *>(lazy.x)), affine(lazy.shift != nullptr), done(lazy.done),
-        centred(lazy.mean != nullptr), act(lazy.act),
-        p{static_cast<T>(lazy.p[0]), static_cast<T>(lazy.p[1]), static_cast<T>(lazy.p[2])}, scale(lazy.scale, g, arena),
+        centred(lazy.mean != nullptr), act(lazy.act), p(rounded<S>(lazy.act, lazy.p)), scale(lazy.scale, g, arena),
         shift(lazy.shift, g, arena), mean(lazy.mean, g, arena) {}
 
   // n elements from `first` on: in `into`, or where they are if there is nothing to compute.

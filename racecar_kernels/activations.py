@@ -49,6 +49,11 @@ def prelu_backward(g: Tensor, u: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]
     return grad, each.sum([d for d in range(u.dim()) if d != 1]).view_as(slope)
 
 
+def rounded(bound: float, a: Tensor) -> float:
+    """The bound in a's own type, since that is how a result that reached it was stored."""
+    return float(torch.tensor(bound, dtype=a.dtype))
+
+
 TABLE: dict[str, Row] = {
     "relu": Row(nn.ReLU, torch.relu, lambda g, a: aten.threshold_backward(g, a, 0), from_output=_always),
     "relu6": Row(nn.ReLU6, F.relu6, lambda g, a: aten.hardtanh_backward(g, a, 0.0, 6.0), from_output=_always),
@@ -91,7 +96,7 @@ TABLE: dict[str, Row] = {
     "hardtanh": Row(
         nn.Hardtanh,
         F.hardtanh,
-        aten.hardtanh_backward,
+        lambda g, a, low, high: aten.hardtanh_backward(g, a, rounded(low, a), rounded(high, a)),
         lambda m: (m.min_val, m.max_val),
         _always,
     ),

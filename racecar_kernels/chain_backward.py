@@ -221,7 +221,8 @@ class Backward:
     def first_backward(self, arriving: Arriving, needs: Needs) -> None:
         """The same for layer 1 where x needs no gradient: no larger tensor is made than a part of the batch needs."""
         reading, c, x = self.given(0), self.kept[0], Lazy(self.tied.x)
-        if reading.norm is not None or reading.entries is not None or c.dim() < 3:
+        narrow = c.element_size() < 4  # the weight's gradient would be rounded part by part
+        if reading.norm is not None or reading.entries is not None or c.dim() < 3 or narrow:
             self.through_operation(0, reading, arriving, x, needs)
             return
         batch = c.shape[0]

@@ -159,7 +159,7 @@ def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+        or any(t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg()) for t in tensors)
     )
 
 

@@ -253,8 +253,6 @@ def tied_chain(
     """
     check_choice("variant", variant, ("full", "local"))
     check_choice("memory", memory, (*MEMORY, "deferred"))
-    if memory == "deferred" and variant == "full":
-        raise ValueError("memory='deferred' needs variant='local': a full reverse can use 'store' or 'recompute'")
     check_tensors(x=x)
     chain = Chain(tuple(layers), tuple(last), variant == "full", backend)
     return run_chain(chain, str(chain), x, weights, biases, params, memory=memory, report=report)
@@ -266,7 +264,7 @@ _CHECKED: set[tuple[Any, ...]] = set()
 
 def _look(t: Tensor | None) -> Any:
     """All that `check_chain` asks of a tensor."""
-    return (type(t), t.shape, t.dtype, t.device, t.layout) if isinstance(t, Tensor) else type(t)
+    return None if t is None else (t.shape, t.dtype, t.device, t.layout)
 
 
 def run_chain(
@@ -281,6 +279,8 @@ def run_chain(
     report: chain_ops.ChainReport | None,
 ) -> tuple[Tensor, Tensor]:
     """`tied_chain` of a chain whose description is kept from call to call; `text` is str(chain)."""
+    if memory == "deferred" and chain.full:
+        raise ValueError("memory='deferred' needs variant='local': a full reverse can use 'store' or 'recompute'")
     compiling = torch.compiler.is_compiling()
     if not compiling and not params:
         ran = linear_chain.apply(text, x, weights, biases, memory, report)
@@ -289,7 +289,8 @@ def run_chain(
                 report.losses = ran[1] if memory == "deferred" and not ran[1].requires_grad else None
             return ran
     flat = (x, *weights, *biases, *params)
-    seen = None if compiling else (text, len(weights), len(biases), *map(_look, flat))
+    plain = not compiling and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in flat)
+    seen = (text, len(weights), len(biases), *map(_look, flat)) if plain else None
     if seen is None or seen not in _CHECKED:  # a training loop asks the same at every step
         check_chain(chain, x, weights, biases, params)
         if len(_CHECKED) >= MOST_CHECKED:

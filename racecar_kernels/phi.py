@@ -95,8 +95,8 @@ def _batch_norm(kernels: Family, c: Tensor, step: Norm, params: Params, stats: S
         raise ValueError("a norm with running statistics needs their mean and variance, got None")
     else:
         mean, rstd = mean.to(wide), (var.to(wide) + step.eps).rsqrt()
-    scale = rstd if weight is None else rstd * weight
-    return BatchNorm(mean, rstd, scale, -mean * scale if bias is None else bias - mean * scale)
+    scale = rstd if weight is None else rstd * weight.reshape(-1)
+    return BatchNorm(mean, rstd, scale, -mean * scale if bias is None else bias.reshape(-1) - mean * scale)
 
 
 def stats_of(reading: Reading, own: tuple[Latent, ...]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import undo
-from .activations import TABLE
+from .activations import TABLE, rounded
 from .layer import Pool, Step, Upsample
 from .lazy import BatchNorm, Gradient, Lazy, Window
 
@@ -29,8 +29,8 @@ def channel_sum_ref(g: Tensor) -> Tensor:
 def batch_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> BatchNorm:
     mean, var = channel_stats_ref(x)
     rstd = (var + eps).rsqrt_()
-    scale = rstd if weight is None else rstd * weight
-    return BatchNorm(mean, rstd, scale, -mean * scale if bias is None else bias - mean * scale)
+    scale = rstd if weight is None else rstd * weight.reshape(-1)
+    return BatchNorm(mean, rstd, scale, -mean * scale if bias is None else bias.reshape(-1) - mean * scale)
 
 
 def batch_norm_backward_ref_(g: Tensor, x: Tensor, norm: BatchNorm, total: Tensor, with_x: Tensor) -> Tensor:
@@ -154,7 +154,8 @@ def _through(lazy: Lazy, value: Tensor, g: Tensor, out: Tensor | None, sums: boo
     """The gradient taken through the activation and rounded, and its sums."""
     if lazy.act != "identity":
         row = TABLE[lazy.act]
-        g = row.backward(g, value.to(g.dtype) if row.from_output(*lazy.args) else _before(lazy), *lazy.args)
+        args = [rounded(bound, value) for bound in lazy.args] if lazy.act == "hardtanh" else lazy.args
+        g = row.backward(g, value.to(g.dtype) if row.from_output(*args) else _before(lazy), *args)
     g = g.to(value.dtype) if out is None else out.copy_(g)
     wide = _wide(g)
     if lazy.scale is None and lazy.shift is None:

@@ -82,4 +82,5 @@ def transposed(s: Tensor, weight: Tensor, tied: Tied, shape: Ints) -> Tensor:
         u[:, y : y + height, x : x + width].add_(taps[..., t])
     (top, _), (left, _) = tied.padding
     u = u[:, top : top + shape[2], left : left + shape[3]]
-    return u.unsqueeze(1).contiguous(memory_format=torch.channels_last)
+    cut = u.unsqueeze(1).contiguous(memory_format=torch.channels_last)
+    return cut if cut.numel() * cut.element_size() == cut.untyped_storage().nbytes() else cut.clone()
