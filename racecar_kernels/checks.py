@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .activations import TABLE
 from .layer import Activation, Chain, Layer, Norm, Pool, Segment, Step, after_steps
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -46,6 +47,23 @@ def check(
         _check_latent(layer, seen, y, params[at : at + layer.tensors])
         at += layer.tensors
         source = seen
+
+
+def check_layers(layers: object, last: object) -> None:
+    """Raises TypeError or ValueError for what describes no chain: modules, for example, or an activation of no name."""
+    for name, values, kinds in (("layers", layers, (Layer,)), ("last", last, (Activation, Norm))):
+        if not isinstance(values, Sequence):
+            raise TypeError(f"{name} must be a sequence, got {type(values).__name__}")
+        for value in values:
+            if not isinstance(value, kinds):
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(
+                    f"{name} holds {wanted} of racecar_kernels, got {type(value).__name__}; racecar.wrap takes modules"
+                )
+    latents = [step for layer in layers if isinstance(layer, Layer) for step in layer.latent]  # type: ignore[attr-defined]
+    for step in (*latents, *last):  # type: ignore[misc]
+        if isinstance(step, Activation) and step.name not in TABLE:
+            raise ValueError(f"no activation is named {step.name!r}; there are {', '.join(TABLE)}")
 
 
 def check_chain(

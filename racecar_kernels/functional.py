@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import chain_ops, describe, linear_chain, ops
 from .backends import Query, choose
-from .checks import check, check_chain, check_tensors
+from .checks import check, check_chain, check_layers, check_tensors
 from .layer import Chain, Latent, Layer, Segment, Tied
 
 REDUCTIONS = ("l2", "sum", "mean")
@@ -250,10 +250,18 @@ def tied_chain(
 
     Raises:
         ValueError, TypeError: as `reverse_layer`; a pooling whose forward is not known here; deferred and full.
+
+    Example:
+        >>> tied = rk.Tied(stride=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1))  # a 3x3 convolution
+        >>> relu, pool = rk.Activation("relu"), rk.Pool((2, 2), (2, 2), (0, 0), (1, 1))
+        >>> layers = [rk.Layer(tied), rk.Layer(tied, pre=(pool,), latent=(relu,))]  # conv, relu, pool, conv, relu
+        >>> out, losses = rk.tied_chain(x, layers, [w1, w2], [b1, b2], last=[relu])
+        >>> (task(out) + 1e-5 * losses.sum() / 2).backward()
     """
     check_choice("variant", variant, ("full", "local"))
     check_choice("memory", memory, (*MEMORY, "deferred"))
     check_tensors(x=x)
+    check_layers(layers, last)
     chain = Chain(tuple(layers), tuple(last), variant == "full", backend)
     return run_chain(chain, str(chain), x, weights, biases, params, memory=memory, report=report)
 

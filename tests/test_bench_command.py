@@ -255,7 +255,7 @@ def test_the_committed_results_can_be_read():
         (["mlp", "--batch", "0"], "--batch is a whole number from 1, got 0"),
         (["mlp", "--threads", "0"], "--threads is a whole number from 1, got 0"),
         (["mlp", "--contestants", "nobody"], "no contestant's name contains 'nobody'; there are Std"),
-        (["mlp", "--backends", "abacus"], "no backend is named abacus; there are reference"),
+        (["mlp", "--backends", "abacus"], "no backend is named abacus; there are cpp, reference"),
         (["mlp", "--resume"], "say which with --json FILE"),
         (["mlp", "--plot", "ratios.jpg"], "--plot writes .png or .svg, got ratios.jpg"),
         (["mlp", "--json", "."], "--json is a file to write, . is a folder"),
@@ -332,3 +332,11 @@ def test_the_benchmark_of_single_operators_runs():
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"(\d+) passed", done.stdout)
+
+
+def test_json_replaces_results_alone(tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text("my notes")
+    ran = bench("mlp", *QUICK, "--json", path)
+    assert ran.exit_code == 2 and "would replace what is no file of results" in ran.output
+    assert path.read_text() == "my notes"

@@ -204,6 +204,9 @@ def test_second_derivatives_are_refused():
         (dict(x=torch.zeros(3, 5, dtype=torch.float64)), "weight expects 6 input features, target has 5"),
         (dict(x=torch.zeros(3, 6, dtype=torch.int64)), "real floating-point"),
         (dict(x=[1.0]), "x must be a tensor, got list"),
+        (dict(layers=[torch.nn.Linear(6, 5)]), "layers holds Layer of racecar_kernels, got Linear; racecar.wrap takes"),
+        (dict(layers=None), "layers must be a sequence, got NoneType"),
+        (dict(last=[rk.Activation("Tanh")]), "no activation is named 'Tanh'; there are relu, "),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -146,3 +146,10 @@ def test_autocast_goes_layer_by_layer():
 def test_running_norms_go_layer_by_layer():
     net = racecar.wrap(network(), lam=0.1, norm="running")
     assert net.plan.layer_by_layer == "a BatchNorm2d in it does more than its reverse knows"
+
+
+def test_one_value_per_channel_is_refused_as_plain_training_refuses_it():
+    net = racecar.wrap(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)), lam=1.0)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        net(torch.randn(1, 6))
+    assert int(net[1].num_batches_tracked) == 0

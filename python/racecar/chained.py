@@ -193,6 +193,8 @@ class Chained:
                 if not (isinstance(step, rk.Norm) and step.kind == "batch" and not step.running):
                     continue
                 mean, rstd = next(found), next(found)
+                if math.prod(shape) == shape[1]:
+                    raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
                 if module.training and module.running_mean is not None:
                     update_running(module, mean, rstd, math.prod(shape) // shape[1])
 

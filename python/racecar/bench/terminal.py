@@ -61,6 +61,11 @@ class Options:
         for name, path in (("json", self.json), ("plot", self.plot)):
             if path is not None and path.is_dir():
                 raise OptionsError(f"--{name} is a file to write, {path} is a folder")
+        if self.json is not None and self.json.exists() and not self.resume:
+            try:
+                results.read(self.json)
+            except results.ResultsError as error:
+                raise OptionsError(f"--json would replace what is no file of results: {error}") from None
 
     def names(self) -> list[str]:
         """The networks to measure, in order."""
