@@ -2,7 +2,7 @@
 
 reverse_layer     the reverse of one layer and its loss; chain it for a full reverse
 deferred_layer    the same, computed in the backward pass only
-tied_chain        forward and reverse of a whole chain in one node, which keeps less than plain training
+tied_chain        forward and reverse of a whole chain in one autograd node
 backends          names of the implementations, in order of preference
 why_not           why a backend cannot serve a layer
 show_config       versions, backends and what speaks against them
