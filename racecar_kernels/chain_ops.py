@@ -121,8 +121,9 @@ class TiedChain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chain: str, memory: str, report: ChainReport | None, n: int, *flat: Any) -> Any:
+        run = torch.ops.racecar.tied_chain if is_watched(flat) else _forward
         with torch._C._AutoDispatchBelowAutograd():
-            out, losses, stats, kept, back = torch.ops.racecar.tied_chain(*_split(flat, n), chain, memory)
+            out, losses, stats, kept, back = run(*_split(flat, n), chain, memory)
         ctx.chain, ctx.report, ctx.n, ctx.counts = chain, report, n, (len(flat), len(stats), len(kept))
         ctx.save_for_backward(*flat, out, *stats, *kept, *back)
         ctx.set_materialize_grads(False)
@@ -139,7 +140,7 @@ class TiedChain(torch.autograd.Function):
         back = list(saved)
         del saved
         # past the operator where nothing watches it: what is kept is then let go as soon as it has been used
-        watched = _is_watched((*flat, grad_out, grad_losses))
+        watched = is_watched((*flat, grad_out, grad_losses))
         if not watched:
             ctx.maybe_clear_saved_tensors()  # keeps them if the graph is to be used again
         run = torch.ops.racecar.tied_chain_backward if watched else _backward
@@ -153,7 +154,7 @@ class TiedChain(torch.autograd.Function):
         return None, None, None, None, *(next(left) if needed else None for needed in needs)
 
 
-def _is_watched(tensors: Sequence[Tensor | None]) -> bool:
+def is_watched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a mode, a transform, a compiler or a tensor's own class has to see the operator."""
     return (
         torch.compiler.is_compiling()

@@ -306,9 +306,9 @@ def run_chain(
         if seen is not None:
             _CHECKED.add(seen)
     differentiated = any(t is not None and t.requires_grad for t in flat) and torch.is_grad_enabled()
-    if memory == "deferred" and differentiated:
-        if compiling:
-            raise RuntimeError("memory='deferred' does not work under torch.compile yet; use 'recompute' or 'store'")
+    if memory == "deferred" and differentiated and compiling:
+        raise RuntimeError("memory='deferred' does not work under torch.compile yet; use 'recompute' or 'store'")
+    if differentiated and (memory == "deferred" or (plain and not chain_ops.is_watched(flat))):
         out, losses, *stats = chain_ops.TiedChain.apply(text, memory, report, len(weights), *flat)
     else:
         policy = "recompute" if memory == "deferred" else memory  # no backward will come: the losses are found at once

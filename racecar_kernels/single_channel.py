@@ -24,7 +24,6 @@ def _served(wide: Tensor, weight: Tensor, tied: Tied) -> bool:
         tied.dims == 2
         and tied.groups == 1
         and tied.padding_mode == "zeros"
-        and max(tied.stride) == 1
         and max(weight.shape[:2]) >= 16
         and wide.device.type == "cpu"
         and wide.dtype in (torch.float32, torch.float64)
@@ -38,8 +37,8 @@ def weight_gradient_serves(read: Tensor, grad: Tensor, weight: Tensor, tied: Tie
     What is in the second-level cache a library multiplies as fast, where the one channel is what was read.
     """
     if weight.shape[1] == 1:
-        return grad.numel() >= LEAST_READ and _served(grad, weight, tied)
-    return weight.shape[0] == 1 and _served(read, weight, tied)
+        return grad.numel() >= LEAST_READ and max(tied.stride) == 1 and _served(grad, weight, tied)
+    return weight.shape[0] == 1 and max(tied.stride) == 1 and _served(read, weight, tied)
 
 
 def weight_gradient(read: Tensor, grad: Tensor, weight: Tensor, tied: Tied) -> Tensor:
@@ -71,16 +70,18 @@ def transposed_serves(s: Tensor, weight: Tensor, tied: Tied) -> bool:
 
 
 def transposed(s: Tensor, weight: Tensor, tied: Tied, shape: Ints) -> Tensor:
-    """u[q] = Σ_t W[:, t]ᵀ s[q + p - d·t]: every tap's product with all pixels, moved into place and added."""
+    """u[stride·q + d·t - p] = Σ W[:, t]ᵀ s[q]: every tap's product with all pixels, moved into place and added."""
     c_out, _, *kernel = weight.shape
     n, _, height, width = s.shape
     taps = (s.permute(0, 2, 3, 1).reshape(-1, c_out) @ weight.reshape(c_out, -1)).view(n, height, width, -1)
-    reach = [d * (k - 1) for d, k in zip(tied.dilation, kernel, strict=True)]
-    u = s.new_zeros(n, height + reach[0], width + reach[1])
-    for t, (i, j) in enumerate(product(*map(range, kernel))):
-        y, x = i * tied.dilation[0], j * tied.dilation[1]
-        u[:, y : y + height, x : x + width].add_(taps[..., t])
     (top, _), (left, _) = tied.padding
+    (down, right), (high, wide) = tied.stride, tied.dilation
+    rows = max((height - 1) * down + high * (kernel[0] - 1) + 1, top + shape[2])  # rows that no pixel reaches are 0
+    columns = max((width - 1) * right + wide * (kernel[1] - 1) + 1, left + shape[3])
+    u = s.new_zeros(n, rows, columns)
+    for t, (i, j) in enumerate(product(*map(range, kernel))):
+        y, x = i * high, j * wide
+        u[:, y : y + (height - 1) * down + 1 : down, x : x + (width - 1) * right + 1 : right].add_(taps[..., t])
     u = u[:, top : top + shape[2], left : left + shape[3]]
     cut = u.unsqueeze(1).contiguous(memory_format=torch.channels_last)
     return cut if cut.numel() * cut.element_size() == cut.untyped_storage().nbytes() else cut.clone()

@@ -49,9 +49,12 @@ def forward(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints | N
         return torch.matmul(s, weight)
     if factor is None:
         return plain(s, weight, tied, shape)
+    strided = replace(tied, stride=factor)
+    if single_channel.transposed_serves(s, weight, strided):
+        return single_channel.transposed(s, fold(weight, factor), strided, shape)
     if polyphase_pays(weight, tied):
         return polyphase(s, weight, tied, shape, factor)
-    return plain(s, fold(weight, factor), replace(tied, stride=factor), shape)
+    return plain(s, fold(weight, factor), strided, shape)
 
 
 def source_gradient(g: Tensor, weight: Tensor, tied: Tied, factor: Ints | None = None) -> Tensor:

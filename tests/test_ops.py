@@ -204,6 +204,13 @@ def test_one_channel_on_one_side(wide, kernel, padding, dilation, size, into) ->
     if into:
         torch.testing.assert_close(single_channel.transposed(g, weight, tied, tuple(x.shape)), want_x)
         assert not single_channel.transposed_serves(g, weight, tied)  # too few pixels
+        strided = Tied((2, 3), tied.padding, tied.dilation)
+        shape = (2, 1, *(n + 2 for n in size))
+        if min(strided.output_size(shape[2:], kernel)) >= 1:
+            s = torch.randn(2, wide, *strided.output_size(shape[2:], kernel), dtype=torch.float64)
+            s = s.contiguous(memory_format=torch.channels_last)
+            want = transposed.plain(s, weight, strided, shape)
+            torch.testing.assert_close(single_channel.transposed(s, weight, strided, shape), want)
 
 
 @given(
