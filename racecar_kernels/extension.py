@@ -33,7 +33,7 @@ class _Found(NamedTuple):
 
 def load() -> ModuleType | None:
     """The extension module, or None where it is missing or does not fit the running PyTorch. Imported once."""
-    _warn()
+    warn_once()
     return _found().module
 
 
@@ -44,12 +44,13 @@ def why_not(*, warn: bool = True) -> str | None:
     warn: give an extension that is refused its one warning; for those who show the sentence anyway, False.
     """
     if warn:
-        _warn()
+        warn_once()
     return _found().reason
 
 
 @functools.cache
-def _warn() -> None:
+def warn_once() -> None:
+    """Tells, the first time, of an extension that is there and refused."""
     found = _found()
     if found.refused:
         warnings.warn(

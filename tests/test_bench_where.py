@@ -48,7 +48,7 @@ def test_the_plain_reverse_pass_keeps_what_ours_does_not():
     pixels = 4 * 12 * 12
     assert plain[1, where.SOURCE] == 8 * pixels * FLOAT  # y - b at the full resolution
     assert plain[2, where.UNDONE] == 8 * pixels * FLOAT
-    assert plain[2, where.BACK] == ours[2, where.BACK] == 8 * pixels // 4 * FLOAT
+    assert plain[2, where.BACK] == ours[2, where.COMES_BACK] == 8 * pixels // 4 * FLOAT
     assert not {role for _, role in ours} & {where.SOURCE, where.UNDONE, where.PLACES, where.POOLED, where.RESIDUAL}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .. import pointwise, reference
+from .. import extension, pointwise, reference
 from ..contract import Call, Grads, Needs, Params, State
 from ..contract import Query as Query
 from ..layer import Layer
@@ -78,6 +79,8 @@ def why_not(name: str, query: Query) -> str | None:
 
 def choose(query: Query, forced: str | None = None) -> Backend:
     """The first backend that serves `query`, or the forced one. Raises ValueError if that one cannot."""
+    if not torch.compiler.is_compiling():
+        extension.warn_once()  # this is where it is used, or not
     if forced is None:
         return next(b for b in TABLE if b.why_not(query) is None)
     backend = by_name(forced)
