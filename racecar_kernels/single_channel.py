@@ -1,8 +1,7 @@
 """One channel on one side of a convolution: a library's kernels idle there, a matrix product and k² shifts do not.
 
 Between an image of one channel and C of them a convolution multiplies every pixel's C values with C × k² weights; the
-rest is moving the k² results (or the one channel) into place. Measured on a CPU in float32, channels_last, with 64
-channels at 28² and batch 64: ∂/∂W 4.3 to 1.7 ms, the transposed convolution 4.7 to 1.9 ms.
+rest is moving the k² results (or the one channel) into place.
 """
 
 from __future__ import annotations
