@@ -15,10 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:racecar_kernels. the compiled ex
 
 @pytest.fixture(autouse=True)
 def _fresh_loader():
-    for cached in (extension._found, extension._warn):
+    for cached in (extension._found, extension.warn_once):
         cached.cache_clear()
     yield
-    for cached in (extension._found, extension._warn):
+    for cached in (extension._found, extension.warn_once):
         cached.cache_clear()
 
 
