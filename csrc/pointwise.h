@@ -51,6 +51,18 @@ struct Grid {
   int64_t scratch;   // bytes that a kernel needs for itself
 };
 
+// What the convolution in front of c read, and how: channels innermost. The gradient of its weight is
+// [taps][channels][channels of c], a tap the row and the column in the kernel.
+struct Image {
+  const void *x; // null: the gradient of c is written, and nothing is multiplied
+  int64_t channels, height, width;
+  int64_t rows, columns; // of c
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t patch;     // elements of a row of it that the longest row of a tile reads
+  int64_t weights;   // taps · channels · channels of c
+  double *gradients; // per block: that many sums
+};
+
 struct Job {
   Grid grid;
   Lazy d, a;          // at full and at pooled size; a.x may be null
@@ -62,6 +74,7 @@ struct Job {
   const void *k[4];       // values per channel
   double *partials;       // per block: two sums for every channel
   double *squares;        // per block: one number
+  Image image;
 };
 
 using Kernel = void (*)(const Job &job, int64_t block, void *scratch);
@@ -71,7 +84,7 @@ struct Kernels {
   Kernel materialise;    // d, k[0] or null            -> out = d - k0, out_pooled
   Kernel sum_of_squares; // d, a, k[0] or null         -> squares: Σ (d - undo(a))²; out = a - k0 where wanted
   Kernel grad_reverse;   // d, a, g, c2                -> out; partials, where wanted: Σ g, Σ g·(x - mean); squares
-  Kernel grad_forward;   // d, a, g, pooled, c2        -> out; partials, where wanted: Σ g, Σ g·(x - mean)
+  Kernel grad_forward;   // d, a, g, pooled, c2        -> out, or image.gradients; partials, where wanted, as above
   Kernel combine;        // g, d.x, k[0..3]            -> out = k0·g + k1·(x - k3) + k2
 };
 

@@ -1,7 +1,7 @@
 // The kernels of the pointwise family. Each .cpp that includes this compiles them for one level of SIMD instructions:
 // RACECAR_NAMESPACE is the level's own namespace, so that the linker never mixes the levels up; RACECAR_LEVEL names the
-// table; RACECAR_FMA says whether there is a fused multiply-add. For the same reason no header is included here, and
-// nothing of the standard library is instantiated.
+// table; RACECAR_FMA says whether there is a fused multiply-add, RACECAR_VECTOR how many bytes a register holds. For
+// the same reason no header is included here, and nothing of the standard library is instantiated.
 //
 // A tile goes through a chain of short loops over rows in the first-level cache; main memory is read and written once.
 
@@ -13,6 +13,8 @@ namespace RACECAR_NAMESPACE {
 #include "pointwise_rows.inl"
 
 #include "pointwise_2x2.inl"
+
+#include "pointwise_image.inl"
 
 // a repeated from the windows of a tile to its full width.
 template <class T> inline const T *undo_row(const Grid &g, const Tile &t, const T *a, T *into) {
@@ -281,21 +283,26 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
   Arena arena{static_cast<char *>(scratch)};
   Values<S> d(job.d, g, arena), a(job.a, g, arena);
   ChannelSums<S> total(job, block, arena);
+  WeightSums<S> weight(job, block, arena);
+  const int64_t below = g.width * g.inner, next = weight.wanted() ? g.row : below; // from one row to the next: x, out
   T *const a_row = arena.take<T>(g.row), *const wide = arena.take<T>(g.row), *const largest = arena.take<T>(g.row),
            *const place = arena.take<T>(g.row), *const from = arena.take<T>(g.row), *const sum = arena.take<T>(g.row),
            *const rows = arena.take<T>(g.rows * g.row);
   const T **const values = arena.take<const T *>(g.rows);
   each_tile(g, block, [&](const Tile &t) {
     const int64_t n = t.columns * g.inner, few = t.windows * g.inner;
+    S *const out = weight.wanted() ? weight.rows : static_cast<S *>(job.out) + t.full;
     if (job.pooled && Simple<S>::serves(d, g, t)) {
       const T *const small = job.loss ? a.row(g, t.outer, t.small, few, a_row) : nullptr;
       const S *const full = job.g ? static_cast<const S *>(job.g) + t.full : nullptr;
-      return grad_forward_2x2<S>(g, t, d, small, static_cast<T>(job.c2),
-                                 load(static_cast<const S *>(job.pooled) + t.small, few, from), full,
-                                 static_cast<S *>(job.out) + t.full, total);
+      grad_forward_2x2<S>(g, t, d, small, static_cast<T>(job.c2),
+                          load(static_cast<const S *>(job.pooled) + t.small, few, from), full, out, next, total);
+      for (int64_t r = 0; r < t.rows && weight.wanted(); ++r)
+        weight.add(out + r * next, t.full + r * below, n);
+      return;
     }
     for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t first = t.full + r * g.width * g.inner;
+      const int64_t first = t.full + r * below;
       prefetch_behind(d.x + first, n);
       values[r] = d.row(g, t.outer, first, n, rows + r * g.row);
       if (job.pooled && r < g.kh)
@@ -309,7 +316,7 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
     if (job.pooled)
       pooled = load(static_cast<const S *>(job.pooled) + t.small, few, from);
     for (int64_t r = 0; r < t.rows; ++r) {
-      const int64_t first = t.full + r * g.width * g.inner;
+      const int64_t first = t.full + r * below;
       const S *const incoming = job.g ? static_cast<const S *>(job.g) + first : nullptr;
       const T *gathered = gather(incoming, job.loss, static_cast<T>(job.c2), n, sum,
                                  [=, own = values[r]](int64_t i) { return own[i] - undone[i]; });
@@ -322,12 +329,14 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
         });
         gathered = sum;
       }
-      S *const out = static_cast<S *>(job.out) + first;
-      d.differentiate_row(gathered, values[r], n, out);
-      sum_gradient(total, g, t.outer, n, out, d, first);
+      d.differentiate_row(gathered, values[r], n, out + r * next);
+      sum_gradient(total, g, t.outer, n, out + r * next, d, first);
+      if (weight.wanted())
+        weight.add(out + r * next, first, n);
     }
   });
   total.finish(g);
+  weight.finish();
 }
 
 template <class S> void combine(const Job &job, int64_t block, void *scratch) {

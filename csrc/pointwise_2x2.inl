@@ -109,10 +109,11 @@ inline void residual_2x2(const Grid &g, const Tile &t, Values<S> &d, const T *a,
   });
 }
 
-// act'(d) · (unpool(pooled) + full + c2 · (d - a)); full and a may be null. Adds the sums per channel.
+// act'(d) · (unpool(pooled) + full + c2 · (d - a)); full and a may be null. `next` leads from one row of `out` to the
+// other. Adds the sums per channel.
 template <class S, class T = typename Storage<S>::T>
 inline void grad_forward_2x2(const Grid &g, const Tile &t, Values<S> &d, const T *a, T c2, const T *pooled,
-                             const S *full_g, S *out, ChannelSums<S> &total) {
+                             const S *full_g, S *out, int64_t next, ChannelSums<S> &total) {
   using Store = Storage<S>;
   const Simple<S> from(d, g, t);
   const int64_t right = g.inner, down = g.width * g.inner;
@@ -136,6 +137,7 @@ inline void grad_forward_2x2(const Grid &g, const Tile &t, Values<S> &d, const T
               place = place_of_larger(v[q], most, static_cast<T>(q), place);
               most = larger(v[q], most);
             }
+            const int64_t to[4] = {full, full + right, full + next, full + next + right};
             T sum = 0, with_x = 0;
             for (int q = 0; q < 4; ++q) {
               T grad = place == static_cast<T>(q) ? pooled[small] : static_cast<T>(0);
@@ -143,10 +145,10 @@ inline void grad_forward_2x2(const Grid &g, const Tile &t, Values<S> &d, const T
                 grad += Store::load(full_g[at[q]]);
               if constexpr (decltype(loss)::on)
                 grad = muladd(c2, v[q] - a[small], grad);
-              const S stored = Store::store(differentiate<act>(grad, v[q], from.p));
-              out[at[q]] = stored;
+              const T own = differentiate<act>(grad, v[q], from.p);
+              out[to[q]] = Store::store(own); // not through a name of its own: GCC would copy it as a whole, one by one
               if constexpr (decltype(summed)::on) {
-                const T rounded = Store::load(stored);
+                const T rounded = Store::load(Store::store(own));
                 sum += rounded;
                 if constexpr (has) // without a scale nobody asks for its gradient
                   with_x += rounded * (Store::load(from.x[at[q]]) - (mean ? mean[j] : static_cast<T>(0)));

@@ -8,6 +8,7 @@
 #define RACECAR_LEVEL avx2_level
 #define RACECAR_NAME "avx2"
 #define RACECAR_FMA 1
+#define RACECAR_VECTOR 32
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

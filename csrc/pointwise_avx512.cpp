@@ -8,6 +8,7 @@
 #define RACECAR_LEVEL avx512_level
 #define RACECAR_NAME "avx512"
 #define RACECAR_FMA 1
+#define RACECAR_VECTOR 64
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"))),                   \

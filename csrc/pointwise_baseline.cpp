@@ -7,8 +7,10 @@
 #define RACECAR_NAME "baseline"
 #if defined(__aarch64__)
 #define RACECAR_FMA 1
+#define RACECAR_VECTOR 16
 #else
 #define RACECAR_FMA 0
+#define RACECAR_VECTOR 16
 #endif
 
 #include "pointwise.inl"

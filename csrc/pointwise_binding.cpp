@@ -15,6 +15,7 @@ namespace {
 
 using at::Tensor;
 using racecar::Call;
+using racecar::Geometry;
 using racecar::Kernel;
 using racecar::LazyTensor;
 using racecar::Level;
@@ -188,11 +189,10 @@ Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &wi
   return gradient(call, call.kernels().grad_reverse, tensor_of(a), std::get<2>(a).has_value(), sums, g_in, in_place);
 }
 
-Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, const Window &window,
-                      std::optional<double> c2, const MaybeTensor &g_pooled, const MaybeTensor &g_full, bool in_place,
-                      bool sums) {
+// Checks what comes into the forward's gradient, and puts it into the job.
+void take_incoming(Call &call, const LazyTensor &d, const std::optional<LazyTensor> &a, std::optional<double> c2,
+                   const MaybeTensor &g_pooled, const MaybeTensor &g_full) {
   TORCH_CHECK(a || !c2, "c2 needs a, from which the residual is taken");
-  Call call(tensor_of(d), window, {a ? &tensor_of(*a) : nullptr, pointer(g_pooled), pointer(g_full)});
   if (a)
     call.at_pooled(tensor_of(*a), "a");
   if (g_pooled)
@@ -205,7 +205,31 @@ Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, c
   call.job.loss = c2.has_value();
   call.job.c2 = c2.value_or(0);
   call.job.pooled = g_pooled ? g_pooled->const_data_ptr() : nullptr;
+}
+
+Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, const Window &window,
+                      std::optional<double> c2, const MaybeTensor &g_pooled, const MaybeTensor &g_full, bool in_place,
+                      bool sums) {
+  Call call(tensor_of(d), window, {a ? &tensor_of(*a) : nullptr, pointer(g_pooled), pointer(g_full)});
+  take_incoming(call, d, a, c2, g_pooled, g_full);
   return gradient(call, call.kernels().grad_forward, tensor_of(d), std::get<2>(d).has_value(), sums, g_full, in_place);
+}
+
+// The gradient of the weight whose convolution of `image` gave d.x, and of its bias where that is wanted.
+std::tuple<Tensor, MaybeTensor> grad_weight(const LazyTensor &d, const std::optional<LazyTensor> &a,
+                                            const Window &window, std::optional<double> c2, const MaybeTensor &g_pooled,
+                                            const MaybeTensor &g_full, const Tensor &image, const Tensor &weight,
+                                            const Geometry &stride, const Geometry &padding, const Geometry &dilation,
+                                            bool sums) {
+  TORCH_CHECK(!std::get<2>(d), "behind an affine the gradient of the weight needs the gradient of its input first");
+  Call call(tensor_of(d), window, {a ? &tensor_of(*a) : nullptr, pointer(g_pooled), pointer(g_full)});
+  take_incoming(call, d, a, c2, g_pooled, g_full);
+  call.job.g = g_full ? g_full->const_data_ptr() : nullptr;
+  call.sum_weight(image, weight, stride, padding, dilation);
+  if (sums)
+    call.sum_channels();
+  call.run(call.kernels().grad_forward);
+  return {call.weight_sum(), sums ? MaybeTensor(call.channel_sums()[0].to(call.wide())) : std::nullopt};
 }
 
 Tensor norm_input_grad_(const Tensor &g, const Tensor &x, const Tensor &mean, const Tensor &k0, const Tensor &k1,
@@ -262,6 +286,7 @@ void bind_pointwise(pybind11::module_ &module) {
   module.def("compare", &compare, no_gil);
   module.def("grad_reverse", &grad_reverse, no_gil);
   module.def("grad_forward", &grad_forward, no_gil);
+  module.def("grad_weight", &grad_weight, no_gil);
   module.def("norm_input_grad_", &norm_input_grad_, no_gil);
   module.def("batch_norm", &batch_norm, no_gil);
   module.def("batch_norm_backward_", &batch_norm_backward_, no_gil);

@@ -19,7 +19,8 @@ const Level *&level_in_use();
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-using Window = std::optional<std::array<int64_t, 2>>;
+using Geometry = std::array<int64_t, 2>; // of rows and of columns
+using Window = std::optional<Geometry>;
 // x, scale, shift, mean, the number of the activation, whether it is done, and its parameters.
 using LazyTensor = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor, int64_t, bool, std::array<double, 3>>;
 
@@ -50,7 +51,7 @@ inline Grid make_grid(const Tensor &x, bool last, const Window &window) {
   g.channels = channels;
   g.inner = last && !one ? channels : 1;
   g.kh = g.kw = 1;
-  if (window && (*window != std::array<int64_t, 2>{1, 1})) {
+  if (window && (*window != Geometry{1, 1})) {
     TORCH_CHECK(x.dim() == 4, "pooling needs a tensor (N, C, H, W), got one with ", x.dim(), " dimensions");
     g.kh = (*window)[0], g.kw = (*window)[1];
     g.outer = g.inner > 1 ? batch : batch * channels;
@@ -172,6 +173,37 @@ public:
     job.partials = partials_.mutable_data_ptr<double>();
   }
 
+  // Instead of the result: the gradient of the weight (channels, image's channels, kh, kw), in whose layout it comes.
+  void sum_weight(const Tensor &image, const Tensor &weight, const Geometry &stride, const Geometry &padding,
+                  const Geometry &dilation) {
+    TORCH_CHECK(job.grid.inner > 1 && full_.dim() == 4 && image.dim() == 4 && weight.dim() == 4,
+                "the gradient of the weight is computed for (N, C, H, W) in channels_last, C > 1");
+    TORCH_CHECK(image.scalar_type() == full_.scalar_type() && weight.scalar_type() == full_.scalar_type() &&
+                    image.device().is_cpu() && is_channels_last(image),
+                "the image and the weight need the type ", full_.scalar_type(), ", and the image to be channels_last");
+    TORCH_CHECK(image.size(0) == full_.size(0) && weight.size(0) == full_.size(1) && weight.size(1) == image.size(1),
+                "an image ", image.sizes(), " and a weight ", weight.sizes(), " do not give ", full_.sizes());
+    for (int d = 0; d < 2; ++d)
+      TORCH_CHECK(stride[d] >= 1 && dilation[d] >= 1 && padding[d] >= 0 && weight.size(2 + d) >= 1,
+                  "strides, dilations and kernels are at least 1, paddings at least 0");
+    Image &i = job.image;
+    i.x = image.const_data_ptr();
+    i.channels = image.size(1), i.height = image.size(2), i.width = image.size(3);
+    i.rows = full_.size(2), i.columns = full_.size(3);
+    for (int d = 0; d < 2; ++d)
+      i.kernel[d] = weight.size(2 + d), i.stride[d] = stride[d], i.padding[d] = padding[d], i.dilation[d] = dilation[d];
+    const int64_t longest = std::min(job.grid.row / job.grid.inner, i.columns);
+    i.patch = ((longest - 1) * i.stride[1] + (i.kernel[1] - 1) * i.dilation[1] + 1) * i.channels;
+    i.weights = weight.numel();
+    weight_ = weight;
+    weights_ = at::empty({job.grid.blocks, i.kernel[0], i.kernel[1], i.channels, full_.size(1)}, at::kDouble);
+    i.gradients = weights_.mutable_data_ptr<double>();
+    job.grid.scratch += ((job.grid.rows + 1) * job.grid.row + 2 * i.weights + i.kernel[0] * i.patch) * 8 + 320;
+  }
+
+  // Its sum over all blocks, in double.
+  Tensor weight_sum() const { return at::empty_like(weight_).copy_(weights_.sum(0).permute({3, 2, 0, 1})); }
+
   // Both sums over all blocks, in double, in the order of the blocks.
   std::array<Tensor, 2> channel_sums() const {
     const int64_t c = job.grid.channels;
@@ -200,7 +232,7 @@ private:
     TORCH_CHECK(x.sizes() == sizes, name, " needs the shape ", sizes, ", got ", x.sizes());
   }
 
-  Tensor full_, partials_;
+  Tensor full_, partials_, weight_, weights_;
   std::unique_ptr<double[]> squares_;
   bool last_ = false;
   const Kernels *kernels_ = nullptr;

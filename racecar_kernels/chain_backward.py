@@ -221,6 +221,13 @@ class Backward:
     def first_backward(self, arriving: Arriving, needs: Needs) -> None:
         """The same for layer 1 where x needs no gradient: no larger tensor is made than a part of the batch needs."""
         reading, c, x = self.given(0), self.kept[0], Lazy(self.tied.x)
+        if (
+            reading.norm is None
+            and reading.entries is None
+            and needs.weights[0]
+            and self.fused(reading, arriving, needs)
+        ):
+            return
         narrow = c.element_size() < 4  # the weight's gradient would be rounded part by part
         if reading.norm is not None or reading.entries is not None or c.dim() < 3 or narrow:
             self.through_operation(0, reading, arriving, x, needs)
@@ -231,6 +238,31 @@ class Backward:
             size = min(step, batch - at)
             of_part = reading._replace(lazy=reading.lazy.part(at, size))
             self.through_operation(0, of_part, arriving.part(at, size), x.part(at, size), needs)
+
+    def fused(self, reading: phi.Reading, arriving: Arriving, needs: Needs) -> bool:
+        """Layer 1 in one pass, the gradient of what its operation gave never written; whether a kernel serves that."""
+        layer = self.tied.chain.layers[0]
+        if layer.pre:
+            return False
+        found = self.kernels.grad_weight(
+            reading.lazy,
+            arriving.a,
+            arriving.window,
+            arriving.c2,
+            arriving.pooled,
+            arriving.full,
+            self.tied.x,
+            self.tied.weights[0],
+            layer.tied,
+            sums=needs.biases[0],
+        )
+        if found is None:
+            return False
+        waiting, self.pending[0] = self.pending[0], None
+        if waiting is not None:
+            self.weights[0] = weight_gradient(waiting, self.tied.weights[0], layer.tied)
+        self.weights[0], self.biases[0] = _plus(self.weights[0], found[0]), _plus(self.biases[0], found[1])
+        return True
 
     def through_operation(self, m: int, reading: phi.Reading, arriving: Arriving, d: Lazy, needs: Needs) -> Tensor:
         """The gradient of what the operation of layer m gave; adds those of φ's tensors, the bias and the weight."""

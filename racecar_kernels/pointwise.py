@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import extension
 from .activations import TABLE
+from .layer import Tied
 from .lazy import BatchNorm, Gradient, Lazy, Window
 from .pointwise_ref import (
     batch_norm_backward_ref_,
@@ -50,6 +51,9 @@ _KERNELS: dict[str, Callable[..., tuple[int, float, float, float]]] = {
     "sigmoid": lambda: (5, 0.0, 0.0, 0.0),
     "softsign": lambda: (6, 0.0, 0.0, 0.0),
 }
+MOST_WEIGHTS = (
+    36  # of an output channel, up to which `grad_weight` beats a library's kernel on a gradient written before
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -211,6 +215,48 @@ def grad_forward(
     return Gradient(*found)
 
 
+def grad_weight(
+    d: Lazy,
+    a: Lazy | None,
+    window: Window,
+    c2: Tensor | None,
+    g_pooled: Tensor | None,
+    g_full: Tensor | None,
+    image: Tensor,
+    weight: Tensor,
+    tied: Tied,
+    *,
+    sums: bool = False,
+) -> tuple[Tensor, Tensor | None] | None:
+    """∂/∂W of the convolution of `image` that gave d.x, and with `sums` that of its bias; None where not served.
+
+    What `grad_forward` would give, g, is never written: a few of its pixels at a time are multiplied with the image.
+    Served are few input channels, where a library spends its time with moving g, in channels_last.
+    """
+    if (
+        tied.dims != 2
+        or tied.groups != 1
+        or tied.padding_mode != "zeros"
+        or d.shift is not None
+        or not 0 < weight[0].numel() <= MOST_WEIGHTS
+        or weight.shape[0] % 16 > 0
+    ):
+        return None
+    module = _module(d, a, image, g_pooled, g_full, window=window)
+    read = (d.x, None if a is None else a.x, image, g_pooled, g_full)
+    if module is None or weight.dtype != d.x.dtype or not all(t is None or is_channels_last(t) for t in read):
+        return None
+    before = [first for first, _ in tied.padding]
+    other = None if a is None else _handed(a)
+    given = (_handed(d), other, window, _number(c2), g_pooled, g_full, image, weight)
+    found: tuple[Tensor, Tensor | None] = module.grad_weight(*given, tied.stride, before, tied.dilation, sums)
+    return found
+
+
+def grad_weight_ref(*_: Any, **__: Any) -> None:
+    """Plain PyTorch has no way around writing g."""
+
+
 class Family(NamedTuple):
     """All functions of the family, of one kind."""
 
@@ -223,6 +269,7 @@ class Family(NamedTuple):
     compare: Callable[..., tuple[Tensor, Tensor]]
     grad_reverse: Callable[..., Gradient]
     grad_forward: Callable[..., Gradient]
+    grad_weight: Callable[..., tuple[Tensor, Tensor | None] | None]
 
 
 KERNELS = Family(
@@ -235,6 +282,7 @@ KERNELS = Family(
     compare,
     grad_reverse,
     grad_forward,
+    grad_weight,
 )
 PLAIN = Family(
     channel_sum_ref,
@@ -246,6 +294,7 @@ PLAIN = Family(
     compare_ref,
     grad_reverse_ref,
     grad_forward_ref,
+    grad_weight_ref,
 )
 
 
