@@ -9,10 +9,11 @@ import fuzz_chains
 import fuzz_layers
 import pytest
 import torch
+from cases import BACKENDS
 from fuzz_judge import check_close
 from fuzz_tensors import STRIDES, Snapshot, Source
 
-from racecar_kernels import pointwise, undo
+from racecar_kernels import extension, pointwise, undo
 
 # Cases that went wrong once.
 FOUND = {
@@ -39,12 +40,14 @@ PLAIN = fuzz_layers.LayerCase(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("target", "cases"), [("layers", 160), ("chains", 80), ("pointwise", 100)])
-def test_a_sample(target: str, cases: int, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize(("target", "number"), [("layers", 160), ("chains", 80), ("pointwise", 100)])
+def test_a_sample(target: str, number: int, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(fuzz, "KEPT", tmp_path)  # the same cases whatever failed before
-    outcomes = fuzz.run(target, cases, seed=1)
-    assert outcomes.total() >= cases
-    assert outcomes["served"] > 0.6 * cases and outcomes["refused"] > 0, outcomes  # else it tests nothing
+    outcomes = fuzz.run(target, number, seed=1)
+    assert outcomes.total() >= number
+    assert outcomes["served"] > 0.6 * number, outcomes  # else it tests nothing
+    if target != "pointwise" or extension.load() is not None:  # plain PyTorch takes every tensor
+        assert outcomes["refused"] > 0, outcomes
 
 
 @pytest.mark.parametrize("changes", FOUND.values(), ids=FOUND)
@@ -71,8 +74,9 @@ def test_a_chain_that_compares_some_layers_locally_in_channels_last() -> None:
 
 def test_a_wrong_gradient_is_found(monkeypatch) -> None:
     """By a digit in the eighth place of one gradient."""
-    table = fuzz_layers.rk.backends.__globals__["TABLE"]
-    right = table[0].backward
+    backends = fuzz_layers.rk.backends.__globals__
+    first = next(row for row in backends["TABLE"] if row.name == BACKENDS[0])
+    right = first.backward
 
     def wrong(*args):
         grads = right(*args)
@@ -80,8 +84,7 @@ def test_a_wrong_gradient_is_found(monkeypatch) -> None:
             grads.y = grads.y * (1 + 1e-8)
         return grads
 
-    row = dataclasses.replace(table[0], backward=wrong)
-    monkeypatch.setitem(fuzz_layers.rk.backends.__globals__, "TABLE", (row,))
+    monkeypatch.setitem(backends, "TABLE", (dataclasses.replace(first, backward=wrong),))
     with pytest.raises(AssertionError, match="gradients: off by"):
         fuzz_layers.check(PLAIN)
 

@@ -7,13 +7,13 @@ import io
 import pickle
 from itertools import pairwise
 
+import cases
 import oracle
 import pytest
 import torch
 from torch import nn
 
 import racecar
-import racecar_kernels as rk
 
 POLICIES = [("full", "store"), ("full", "recompute"), ("local", "store"), ("local", "recompute"), ("local", "deferred")]
 each_policy = pytest.mark.parametrize(("variant", "memory"), POLICIES)
@@ -169,7 +169,7 @@ def test_the_plan_prints_what_happens() -> None:
     for piece in (
         "Conv2d 5->4, BatchNorm2d, ReLU, undo MaxPool2d",
         "layers=2",
-        rk.backends()[0],
+        cases.BACKENDS[0],
         "Flatten",
         "behind '7'",
     ):
