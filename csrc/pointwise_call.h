@@ -24,9 +24,10 @@ using Window = std::optional<Geometry>;
 // x, scale, shift, mean, the number of the activation, whether it is done, and its parameters.
 using LazyTensor = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor, int64_t, bool, std::array<double, 3>>;
 
-constexpr int64_t kRow = 512;       // elements of a tile's row, about: a few such rows fit the first-level cache
-constexpr int64_t kBlock = 1 << 16; // elements of a block, about
-constexpr int64_t kDepth = 32;      // elements of a block for every channel, at least: partial sums stay small
+constexpr int64_t kRow = 512;        // elements of a tile's row, about: a few such rows fit the first-level cache
+constexpr int64_t kBlock = 1 << 16;  // elements of a block, about
+constexpr int64_t kWeightDepth = 16; // elements of a block for every sum of a weight's gradient, at least
+constexpr int64_t kDepth = 32;       // elements of a block for every channel, at least: partial sums stay small
 
 inline bool is_contiguous(const Tensor &x) { return x.is_contiguous(); }
 
@@ -195,6 +196,10 @@ public:
     const int64_t longest = std::min(job.grid.row / job.grid.inner, i.columns);
     i.patch = ((longest - 1) * i.stride[1] + (i.kernel[1] - 1) * i.dilation[1] + 1) * i.channels;
     i.weights = weight.numel();
+    if (Grid &g = job.grid; g.blocks > 0) { // blocks so large that what they sum is an eighth of c at most
+      g.per_block = std::max(g.per_block, kWeightDepth * i.weights / (g.columns * g.kw * g.kh * g.inner));
+      g.blocks = (g.outer * g.h * g.tiles + g.per_block - 1) / g.per_block;
+    }
     weight_ = weight;
     weights_ = at::empty({job.grid.blocks, i.kernel[0], i.kernel[1], i.channels, full_.size(1)}, at::kDouble);
     i.gradients = weights_.mutable_data_ptr<double>();

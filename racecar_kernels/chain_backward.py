@@ -219,7 +219,7 @@ class Backward:
         return self.in_front(layer, g, d, a, c2 if layer.compare else None)
 
     def first_backward(self, arriving: Arriving, needs: Needs) -> None:
-        """The same for layer 1 where x needs no gradient: no larger tensor is made than a part of the batch needs."""
+        """The same for layer 1 where x needs no gradient: in one pass or part by part, where there is no norm."""
         reading, c, x = self.given(0), self.kept[0], Lazy(self.tied.x)
         if (
             reading.norm is None

@@ -225,7 +225,7 @@ def tied_chain(
     backend: str | None = None,
     report: chain_ops.ChainReport | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A chain of layers and its reverse pass in one autograd node: less is kept than plain training keeps.
+    """A chain of layers and its reverse pass in one autograd node, which keeps little.
 
         d_{m+1} = φ_m(W_m pre_m(d_m) + b_m),   a_m = φ_{m-1}(W_mᵀ(y_m - b_m)),   loss_m = Σ (d_m - undo_m(a_m))²
 

@@ -54,6 +54,7 @@ _KERNELS: dict[str, Callable[..., tuple[int, float, float, float]]] = {
 MOST_WEIGHTS = (
     36  # of an output channel, up to which `grad_weight` beats a library's kernel on a gradient written before
 )
+MOST_CHANNELS = 512  # of c: its sums, one of every weight per block, are not to grow larger than c
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -240,6 +241,7 @@ def grad_weight(
         or d.shift is not None
         or not 0 < weight[0].numel() <= MOST_WEIGHTS
         or weight.shape[0] % 16 > 0
+        or weight.shape[0] > MOST_CHANNELS
     ):
         return None
     module = _module(d, a, image, g_pooled, g_full, window=window)

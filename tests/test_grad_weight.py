@@ -50,7 +50,7 @@ def drawn(seed: int, dtype: torch.dtype) -> Case:
     def random_tensor(*shape):
         return torch.randn(*shape, dtype=dtype).to(memory_format=torch.channels_last)
 
-    batch, c_in, c_out = pick([1, 3]), pick([1, 2, 3, 4]), pick([16, 32, 48, 528])
+    batch, c_in, c_out = pick([1, 3]), pick([1, 2, 3, 4]), pick([16, 32, 48, 512])
     while True:
         kernel, stride, dilation, padding = (
             [pick(of), pick(of)] for of in ([1, 2, 3], [1, 2, 3], [1, 2], [0, 1, 2, 4])
@@ -100,7 +100,7 @@ def test_against_float64(seed, dtype):
     bound = {torch.float32: 2e-6, torch.float64: 2e-14, torch.bfloat16: 4e-3}[dtype]  # a sum's own, or one rounding
     assert (found[0].double() - expected).norm() <= bound * expected.norm() + torch.finfo(dtype).tiny
     assert found[0].dtype == dtype and found[0].stride() == case.weight.stride()
-    assert torch.equal(found[1], total)
+    assert (found[1] - total).norm() <= torch.finfo(total.dtype).eps * total.norm()  # from other blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -133,11 +133,12 @@ def test_repeats_itself():
         {"image": torch.randn(2, 38, 12, 12)},
         {"weight": torch.randn(16, 5, 3, 3)},
         {"weight": torch.randn(17, 1, 3, 3)},
+        {"weight": torch.randn(528, 1, 3, 3)},
         {"weight": torch.randn(16, 1, 3, 3, dtype=torch.float64)},
         {"d": Lazy(torch.randn(2, 16, 12, 12))},
         {"d": Lazy(torch.randn(2, 16, 12, 12).to(memory_format=torch.channels_last), None, torch.ones(16))},
     ],
-    ids=["padding mode", "groups", "wide image", "wide weight", "17 channels", "two types", "contiguous", "affine"],
+    ids=["padding mode", "groups", "wide image", "wide weight", "17 channels", "528 channels", "two types", "contiguous", "affine"],
 )
 def test_what_is_not_served_is_left_to_others(change):
     def last(*shape):
