@@ -3,9 +3,10 @@
     d_{m+1} = φ_m( W_m pre_m(d_m) + b_m )                                forward, m = 1 .. n
     a_m     = φ_{m-1}( W_mᵀ (y_m - b_m) ),   loss_m = Σ (d_m - undo_m(a_m))²    reverse
 
-with y_m = undo(a_{m+1}) (full, from y_n = d_{n+1}) or y_m = d_{m+1} (local). Who owns both keeps little:
-what max pooling gave and where it took it from are found again from d_m, and under a norm only its input is kept. d and a are computed where they are read (`Lazy`, `phi.py`). One reverse layer is in `reverse.py`, the backward of
-all in `chain_backward.py`.
+with y_m = undo(a_{m+1}) (full, from y_n = d_{n+1}) or y_m = d_{m+1} (local). Who owns both keeps little: what max
+pooling gave and where it took it from are found again from d_m, and under a norm only its input is kept. d and a are
+computed where they are read (`Lazy`, `phi.py`). One reverse layer is in `reverse.py`, the backward of all in
+`chain_backward.py`.
 """
 
 from __future__ import annotations

@@ -138,7 +138,17 @@ def test_repeats_itself():
         {"d": Lazy(torch.randn(2, 16, 12, 12))},
         {"d": Lazy(torch.randn(2, 16, 12, 12).to(memory_format=torch.channels_last), None, torch.ones(16))},
     ],
-    ids=["padding mode", "groups", "wide image", "wide weight", "17 channels", "528 channels", "two types", "contiguous", "affine"],
+    ids=[
+        "padding mode",
+        "groups",
+        "wide image",
+        "wide weight",
+        "17 channels",
+        "528 channels",
+        "two types",
+        "contiguous",
+        "affine",
+    ],  # fmt: skip
 )
 def test_what_is_not_served_is_left_to_others(change):
     def last(*shape):
