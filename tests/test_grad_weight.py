@@ -148,7 +148,7 @@ def test_repeats_itself():
         "two types",
         "contiguous",
         "affine",
-    ],  # fmt: skip
+    ],
 )
 def test_what_is_not_served_is_left_to_others(change):
     def last(*shape):
