@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz sanitize lint format bench bench-ops gpu clean
+.PHONY: help install demo test fuzz sanitize kernels lint format bench bench-ops gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -45,6 +45,9 @@ fuzz: $(STAMP) ## CASES=10000 random calls of the public ops, right or refused; 
 
 sanitize: $(STAMP) ## the tests of the C++ under AddressSanitizer and UBSan; ARGS="tests/test_pointwise.py" for a part
 	bash .ci/sanitize $(BIN)/python $(ARGS)
+
+kernels: $(STAMP) ## compiles every shipped Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and reads it back
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(BIN)/python -m bench.compile_kernels $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, as CI runs them
 	$(BIN)/ruff check .

@@ -47,7 +47,7 @@ class Tied(NamedTuple):
         """The pointwise family of the backend that serves every layer; ValueError if the one asked for cannot."""
         device, dtype = self.x.device.type, self.x.dtype
         chosen = [choose(Query(layer, device, dtype), self.chain.backend) for layer in self.chain.layers]
-        return chosen[-1].kernels
+        return chosen[-1].kernels()
 
     def reverse(self, m: int, y: Lazy, d: Lazy) -> Reverse:
         """The reverse of layer m from y; full: y is a of the layer above, or the chain's output."""

@@ -1,9 +1,15 @@
-"""What every test module shares: tests marked `gpu` skip where there is no CUDA device."""
+"""What every test module shares: tests marked `gpu` skip where there is no CUDA device, Triton interprets there."""
 
 from __future__ import annotations
 
+import os
+
+import numpy
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,6 +30,25 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     settings = tiny(folder)
     return settings, folder / "out", run_demo(settings, folder / "out", command="racecar demo")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Triton kernels serve CPU tensors where there is no GPU. bfloat16 is rounded as GPUs do."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    from racecar_kernels.gpu import device
+
+    def convert(numbers, source, target, *rest):
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return convert_otherwise(numbers, source, target, *rest)
+        return torch.from_numpy(numpy.ascontiguousarray(numbers)).bfloat16().view(torch.uint16).numpy()
+
+    convert_otherwise = interpreter._convert_float
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(device, "INTERPRETED", True)
 
 
 @pytest.fixture

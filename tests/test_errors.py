@@ -123,7 +123,7 @@ def test_modules_with_another_forward_are_not_taken_for_their_base() -> None:
 
 
 def test_backends_say_what_they_are(monkeypatch) -> None:
-    assert rk.backends() == ("cpp", "reference")
+    assert rk.backends() == ("cpp", "triton", "reference")
     query = rk.Query(rk.Layer(rk.Tied()), "cpu", torch.float32)
     assert rk.why_not("reference", query) is None
     assert "run on the CPU, got tensors on cuda" in rk.why_not("cpp", query._replace(device="cuda"))

@@ -13,21 +13,21 @@ from ..contract import Call, Grads, Needs, Params, State
 from ..contract import Query as Query
 from ..layer import Layer
 from ..pointwise import Family
-from . import cpp
+from . import cpp, triton
 
 
 @dataclass(frozen=True)
 class Backend:
     """One implementation of a reverse layer; see `contract.py` for what the three functions do.
 
-    `why_not(query)` is None if the backend serves this layer, else a sentence that says why it does not. `kernels` is
-    what a chain is made of, the three functions are a reverse layer by itself.
+    `why_not(query)` is None if the backend serves this layer, else a sentence that says why it does not. `kernels()`
+    is what a chain is made of, the three functions are a reverse layer by itself.
     """
 
     name: str
     summary: str
     why_not: Callable[[Query], str | None]
-    kernels: Family
+    kernels: Callable[[], Family]
     forward: Callable[[Call], tuple[State, Tensor | None, Tensor]]
     resume: Callable[[Layer, Tensor, Params], State]
     backward: Callable[[Call, State, Tensor | None, Tensor | None, Needs], Grads]
@@ -42,16 +42,25 @@ TABLE: tuple[Backend, ...] = (
         "cpp",
         "C++ kernels around PyTorch's convolutions, CPU, float32, float64 and bfloat16",
         cpp.why_not,
-        pointwise.KERNELS,
-        cpp.forward,
-        cpp.resume,
-        cpp.backward,
+        cpp.LAYER.kernels,
+        cpp.LAYER.forward,
+        cpp.LAYER.resume,
+        cpp.LAYER.backward,
+    ),
+    Backend(
+        "triton",
+        "Triton kernels around cuDNN's convolutions, NVIDIA GPU, float32 to float16, not yet measured on a GPU",
+        triton.why_not,
+        triton.LAYER.kernels,
+        triton.LAYER.forward,
+        triton.LAYER.resume,
+        triton.LAYER.backward,
     ),
     Backend(
         "reference",
         "plain PyTorch, any device, float64 to bfloat16",
         _reference_why_not,
-        pointwise.PLAIN,
+        lambda: pointwise.PLAIN,
         reference.forward,
         reference.resume,
         reference.backward,

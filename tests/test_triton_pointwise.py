@@ -1,0 +1,175 @@
+"""The Triton kernels of the pointwise family against float64: compiled for a GPU, else interpreted on the CPU."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+
+import numpy
+import oracle
+import pytest
+import torch
+from pointwise_cases import ACTS, functions, make
+
+from racecar_kernels import pointwise
+from racecar_kernels.lazy import Lazy
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from racecar_kernels.gpu import pointwise as triton_pointwise
+from racecar_kernels.gpu import pointwise_kernels
+
+pytestmark = pytest.mark.usefixtures("interpreted", "poisoned")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OURS, PLAIN = functions(triton_pointwise.KERNELS), functions(pointwise.PLAIN)
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+
+# Masks at every edge, windows that divide and that leave rests, one pixel, one image, one and three channels, matrices.
+SHAPES = [
+    ((2, 8, 6, 4), (2, 2)), ((1, 17, 7, 5), (3, 2)), ((2, 1, 5, 4), (2, 2)), ((1, 3, 3, 9), (1, 2)),
+    ((1, 2, 3, 3), (3, 3)), ((2, 17, 3, 5), None), ((3, 1, 5, 7), None), ((2, 3, 1, 1), None), ((1, 130, 2, 2), (2, 2)),
+    ((37, 19), None), ((3, 7, 11), None),
+]  # fmt: skip
+
+
+def moved(s):
+    """The sample on the device of the kernels."""
+
+    def own(t):
+        if isinstance(t, torch.Tensor):
+            return t.to(DEVICE)
+        if isinstance(t, Lazy):
+            return Lazy(*map(own, t))
+        return [own(v) for v in t] if isinstance(t, list) else t
+
+    return type(s)(*(own(getattr(s, name)) for name in s.__dataclass_fields__))
+
+
+def served(s) -> bool:
+    return triton_pointwise.why_not(s.d, s.a, s.g_full, s.g_small, window=s.window) is None
+
+
+def check(s, names=None) -> None:
+    """Every function against float64: at most four times plain PyTorch's own error, or a few roundings."""
+    here = moved(s)
+    assert served(here)
+    for name, ours in OURS.items():
+        if names is not None and name not in names:
+            continue
+        want = PLAIN[name](s.double())
+        got = [t.cpu() for t in ours(here)]
+        if name == "grad_forward, nothing":
+            assert not any(t.any() for t in got)
+        else:
+            assert oracle.error(got, want) <= 4 * oracle.error(PLAIN[name](s), want) + 4 * EPS[s.d.x.dtype], name
+
+
+@pytest.mark.parametrize(("shape", "window"), SHAPES, ids=str)
+def test_every_shape(shape, window) -> None:
+    check(make(shape, window, torch.float32, "channels_last", ("tanh", ())))
+
+
+@pytest.mark.parametrize(("shape", "window"), SHAPES[:2] + SHAPES[5:6], ids=str)
+def test_contiguous(shape, window) -> None:
+    check(make(shape, window, torch.float32, "contiguous", ("identity", ()), affine=False))
+
+
+@pytest.mark.parametrize(("act", "args"), ACTS)
+def test_every_activation(act: str, args: tuple) -> None:
+    names = ("materialise, both", "compare, minus", "grad_reverse with everything", "grad_forward with sums")
+    for affine in (True, False):
+        check(make((2, 5, 5, 4), (2, 2), torch.float32, act=(act, args), affine=affine), names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_at_most_twice_the_error_of_plain_pytorch(dtype: torch.dtype) -> None:
+    ours, plain = defaultdict(list), defaultdict(list)
+    for seed in range(7):
+        s = make((2, 9, 5, 4), (2, 2), dtype, act=("sigmoid", ()), seed=seed)
+        here = moved(s)
+        assert served(here)
+        for name, reference in PLAIN.items():
+            if name == "grad_forward, nothing":  # it is 0
+                continue
+            want = reference(s.double())
+            plain[name].append(oracle.error(reference(s), want))
+            ours[name].append(oracle.error([t.cpu() for t in OURS[name](here)], want))
+    for name, errors in ours.items():
+        assert statistics.median(errors) <= 2 * statistics.median(plain[name]) + EPS[dtype] / 8, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ties_and_nan_go_where_max_pool2d_sends_them(dtype: torch.dtype) -> None:
+    s = make((2, 3, 7, 5), (2, 2), dtype, act=("identity", ()), affine=False)
+    s.d.x.copy_((s.d.x * 2).round())
+    s.d.x[0, 0, :2, :2] = float("nan")
+    s.d.x[1, 0, :4, :4] = -torch.inf
+    d = Lazy(s.d.x.to(DEVICE))
+    value = d.x.clone().requires_grad_()
+    pooled = torch.nn.functional.max_pool2d(value, (2, 2))
+    torch.testing.assert_close(
+        triton_pointwise.materialise(d, (2, 2), full=False, pooled=True)[1],
+        pooled.detach(),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+    pooled.backward(s.g_small.to(DEVICE))
+    found = triton_pointwise.grad_forward(d, None, (2, 2), None, s.g_small.to(DEVICE), None).g
+    torch.testing.assert_close(found, value.grad, rtol=0, atol=0)
+
+
+def test_infinity_comes_out_as_in_plain_pytorch() -> None:
+    x = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0, 1e30, -1e30]]).repeat(2, 1)
+    for act, args in ACTS:
+        lazy = Lazy(x.to(DEVICE), None, None, act, args)
+        got = triton_pointwise.materialise(lazy)[0].cpu()
+        want = pointwise.materialise_ref(Lazy(x, None, None, act, args))[0]
+        torch.testing.assert_close(got, want, equal_nan=True, msg=lambda m, act=act: f"{act}: {m}")
+
+
+def test_repeats_itself() -> None:
+    s = moved(make((3, 5, 9, 8), (2, 2), torch.float32))
+    first, second = (OURS["grad_reverse with everything"](s) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ((Lazy(torch.zeros(2, 3, dtype=torch.float64)),), "one type of"),
+        ((Lazy(torch.zeros(2, 3)), Lazy(torch.zeros(2, 3, dtype=torch.bfloat16))), "one type of"),
+        ((Lazy(torch.zeros(3)),), "channel dimension"),
+        ((Lazy(torch.zeros(2, 3, 8, 8)[:, :, ::2]),), "neither all contiguous"),
+        ((Lazy(torch.zeros(2, 3), None, None, "gelu", ("none",)),), "gelu"),
+        ((Lazy(torch.zeros(2, 3, device="meta")),), "meta"),
+    ],
+)
+def test_what_is_not_served_says_why(given, reason: str) -> None:
+    moved = [lazy._replace(x=lazy.x.to(DEVICE)) if lazy.x.device.type == "cpu" else lazy for lazy in given]
+    assert reason in triton_pointwise.why_not(*moved)
+
+
+def test_a_window_that_is_too_large_is_left_to_pytorch() -> None:
+    d = Lazy(torch.randn(1, 2, 9, 9, device=DEVICE))
+    assert "64 values" in triton_pointwise.why_not(d, window=(9, 9))
+    pooled = triton_pointwise.materialise(d, (9, 9), full=False, pooled=True)[1]
+    assert torch.equal(pooled, d.x.amax((2, 3), keepdim=True))
+
+
+def test_empty_tensors() -> None:
+    d = Lazy(torch.zeros(0, 3, 4, 4, device=DEVICE), None, None, "relu")
+    assert triton_pointwise.materialise(d, (2, 2), pooled=True)[1].shape == (0, 3, 2, 2)
+    assert triton_pointwise.sum_of_squares(d, d) == 0
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="would fill the GPU's memory")
+def test_offsets_beyond_32_bits() -> None:
+    """Two images that lie 2^31 numbers apart, in memory that is not touched between them."""
+    apart = 2**31 + 8
+    memory = torch.from_numpy(numpy.empty(apart + 4, numpy.float16))
+    memory[:4], memory[apart:] = torch.arange(4.0), torch.arange(4.0) + 10
+    partials = torch.empty(1, 2, 4)
+    pointwise_kernels.sums_kernel[(1, 1)](
+        memory, partials, 2, 1, 1, apart, 4, 4, 1, 4, SQUARES=False, FLAT=True, BLOCK_Q=2, BLOCK_C=4
+    )
+    assert partials[0, 0].tolist() == [10.0, 12.0, 14.0, 16.0]
