@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import sys
 
 import numpy
 import pytest
@@ -58,3 +60,16 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """`replaced(f)`: the backend of the C++ kernels takes f for the function of its family that is called so."""
+
+    def replace(function):
+        module = sys.modules["racecar_kernels.backends"]
+        row = module.by_name("cpp")
+        changed = dataclasses.replace(row, kernels=row.kernels._replace(**{function.__name__: function}))
+        monkeypatch.setattr(module, "TABLE", tuple(changed if r.name == "cpp" else r for r in module.TABLE))
+
+    return replace

@@ -31,6 +31,8 @@ class Network:
         gpu_batch: samples per step on a GPU.
         tiny: shape of one sample where only correctness counts (a dry run, a test, the check of the gradients).
         variants: the reverse passes that it has.
+        divisor: of the channels in the check of the gradients, which has to be quick; of the first layer 16 channels
+            stay where the full width takes the kernel that serves multiples of 16 alone.
     """
 
     title: str
@@ -40,10 +42,15 @@ class Network:
     gpu_batch: int
     tiny: tuple[int, ...]
     variants: tuple[str, ...] = ("full", "local")
+    divisor: int = 8
 
     def model(self, *, narrow: bool = False) -> nn.Module:
         """The network; `narrow`: with an eighth of its channels, where only running it counts."""
         return self.build(8 if narrow else 1)
+
+    def checked(self) -> nn.Module:
+        """The network as the check of the gradients takes it."""
+        return self.build(self.divisor)
 
     def inputs(self, batch: int, *, tiny: bool = False) -> Tensor:
         """Normally distributed samples."""
@@ -112,11 +119,11 @@ def mlp(divisor: int) -> nn.Sequential:
 _LOCAL = ("local",)  # no unique path from output to input
 
 NETWORKS = {
-    "mnist": Network("MNIST (3 conv), 28x28", mnist, (1, 28, 28), 64, 1024, (1, 12, 12)),
-    "cifar": Network("CIFAR (13 conv, batch norm), 32x32", cifar, (3, 32, 32), 16, 512, (3, 32, 32)),
+    "mnist": Network("MNIST (3 conv), 28x28", mnist, (1, 28, 28), 64, 1024, (1, 12, 12), divisor=4),
+    "cifar": Network("CIFAR (13 conv, batch norm), 32x32", cifar, (3, 32, 32), 16, 512, (3, 32, 32), divisor=4),
     "resnet110": Network("ResNet110 (109 conv), 32x32", resnet110, (3, 32, 32), 8, 256, (3, 8, 8), _LOCAL),
-    "vgg19": Network("VGG19 (16 conv), 224x224", vgg19, (3, 224, 224), 1, 64, (3, 32, 32)),
-    "smoke": Network("Smoke generator (4 conv, up-sampling), 16x16", smoke, (1, 16, 16), 8, 256, (1, 6, 6)),
+    "vgg19": Network("VGG19 (16 conv), 224x224", vgg19, (3, 224, 224), 1, 64, (3, 32, 32), divisor=4),
+    "smoke": Network("Smoke generator (4 conv, up-sampling), 16x16", smoke, (1, 16, 16), 8, 256, (1, 6, 6), divisor=1),
     "weather": Network("Weather ResNet (40 conv), 32x64", weather, (38, 32, 64), 1, 32, (38, 8, 12), _LOCAL),
     "mlp": Network("MLP (6 linear, tanh), 12 inputs", mlp, (12,), 512, 4096, (12,)),
 }
