@@ -67,9 +67,7 @@ class ChainCase:
 
 
 three = st.sampled_from([1, 2, 3, 3, 4])
-layers_of = st.builds(
-    LayerOf,
-    channels=st.integers(1, 4),
+parts = dict(
     kernel=st.tuples(three, three, three),
     stride=st.sampled_from([1, 1, 1, 2]),
     padding=st.sampled_from([0, 1, 1, 2, "same"]),
@@ -80,15 +78,27 @@ layers_of = st.builds(
     latent=st.lists(st.sampled_from(fm.LATENTS), max_size=2).map(tuple),
     compare=st.sampled_from([True, True, True, False]),
 )
-chain_cases = st.builds(
-    ChainCase,
+layers_of = st.builds(LayerOf, channels=st.integers(1, 4), **parts)
+# The first one's weight has a kernel of its own: for multiples of 16 channels, no norm behind it, and no gradient of x.
+by_kernel = dict(kernel=st.tuples(*[st.sampled_from([1, 2, 3])] * 3), groups=st.just(1), mode=st.just("zeros"),
+             latent=st.sampled_from([(), ("relu",), ("tanh",), ("leaky_relu",)]))  # fmt: skip
+first_layers = st.builds(LayerOf, channels=st.sampled_from([1, 2, 3, 4, 1, 2, 3, 4, 16, 32]), **parts)
+wide_layers = st.builds(LayerOf, channels=st.sampled_from([16, 32, 17]), **{**parts, **by_kernel, "pre": st.just(())})
+
+
+def starting(first: st.SearchStrategy) -> st.SearchStrategy:
+    """Up to three layers."""
+    return st.tuples(first, st.lists(layers_of, max_size=2)).map(lambda drawn: (drawn[0], *drawn[1]))
+
+
+fields = dict(
     seed=seeds,
     dims=st.sampled_from([0, 1, 2, 2, 3]),
     lead=st.integers(0, 3),
     batch=st.sampled_from([1, 2, 3]),
     size=st.tuples(sizes, sizes, sizes),
     channels=st.integers(1, 3),
-    layers=st.lists(layers_of, min_size=1, max_size=3).map(tuple),
+    layers=starting(first_layers),
     input_activation=st.sampled_from(["", "", "relu", "sigmoid", "gelu"]),
     op=st.sampled_from(["tied_chain", "tied_chain", "reverse_layers"]),
     variant=st.sampled_from(["full", "local"]),
@@ -97,11 +107,18 @@ chain_cases = st.builds(
     dtype=dtypes,
     values=values,
     strides=st.lists(strides, min_size=1, max_size=5).map(tuple),
-    needs=st.integers(0, 63) | st.just(63),
+    needs=st.integers(0, 63) | st.just(63) | st.just(62),  # 62: all but x
     incoming=st.sampled_from(INCOMING),
     loss=st.booleans(),
     shared=st.booleans(),
     fault=st.sampled_from(["none"] * 60 + list(FAULTS)),
+)
+wide = dict(
+    dims=st.just(2), channels=st.sampled_from([1, 1, 2, 3]), layers=starting(wide_layers), op=st.just("tied_chain"),
+    strides=st.just(("channels_last",)), needs=st.sampled_from([62, 62, 58, 54, 60]), fault=st.just("none"),
+)  # fmt: skip
+chain_cases = st.sampled_from([False] * 7 + [True]).flatmap(
+    lambda for_wide: st.builds(ChainCase, **(fields | wide if for_wide else fields))
 )
 
 

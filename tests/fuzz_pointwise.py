@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from fuzz_judge import check_close
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from racecar_kernels import extension, pointwise
 from racecar_kernels.activations import TABLE
+from racecar_kernels.layer import Tied
 from racecar_kernels.pointwise import BatchNorm, Lazy, Window
 
 MODULE = extension.load()
@@ -57,6 +59,7 @@ class PointwiseCase:
     values: str
     strides: tuple[str, ...]
     fault: str
+    conv: tuple[int, ...] = ()  # of grad_weight: channels, kernel, stride, dilation, padding in two directions each
 
 
 lengths = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 70, 1, 0])
@@ -68,8 +71,7 @@ shapes = (
     | st.tuples(st.integers(1, 3), channels, lengths, lengths)
     | st.tuples(st.integers(1, 2), channels, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 )
-pointwise_cases = st.builds(
-    PointwiseCase,
+fields = dict(
     seed=seeds,
     function=st.sampled_from(FUNCTIONS),
     level=st.sampled_from(LEVELS),
@@ -90,6 +92,26 @@ pointwise_cases = st.builds(
     strides=st.lists(strides, min_size=1, max_size=4).map(tuple),
     fault=st.sampled_from(["none"] * 40 + list(FAULTS)),
 )
+nonempty = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33])
+one_to_three = st.sampled_from([3, 1, 2])
+grad_weight = dict(
+    function=st.just("grad_weight"),
+    shape=st.tuples(st.integers(1, 3), st.sampled_from([16, 32, 48, 16, 17]), nonempty, nonempty),
+    act_d=st.sampled_from([*PIECEWISE, "tanh", "sigmoid", "elu", "gelu"]),
+    act_a=st.sampled_from([*PIECEWISE, "tanh"]),
+    affine=st.sampled_from(["none"] * 7 + ["both"]),
+    layout=st.sampled_from(["channels_last"] * 7 + ["each"]),
+    fault=st.just("none"),
+    conv=st.tuples(
+        st.sampled_from([1, 2, 3, 1, 4]),
+        *[one_to_three] * 4,
+        *[st.sampled_from([1, 1, 2])] * 2,
+        *[st.integers(0, 3)] * 2,
+    ),
+)
+pointwise_cases = st.sampled_from([False] * 9 + [True]).flatmap(
+    lambda of_weight: st.builds(PointwiseCase, **(fields | grad_weight if of_weight else fields))
+)
 
 
 @dataclass
@@ -102,11 +124,12 @@ class Operands:
     g_small: Tensor
     c2: Tensor
     k: list[Tensor]
+    conv: list[Tensor]  # of grad_weight: image and weight
 
     @property
     def tensors(self) -> list[Tensor]:
         lazies = [t for lazy in (self.d, self.a) for t in map(lazy.__getattribute__, TENSORS) if t is not None]
-        return [*lazies, self.g_full, self.g_small, self.c2, *self.k]
+        return [*lazies, self.g_full, self.g_small, self.c2, *self.k, *self.conv]
 
     def holding(self, tensors: list[Tensor]) -> Operands:
         """The same with other tensors, in the order of `tensors`."""
@@ -115,7 +138,8 @@ class Operands:
             lazy._replace(**{name: None if getattr(lazy, name) is None else next(left) for name in TENSORS})
             for lazy in (self.d, self.a)
         ]
-        return Operands(*lazies, next(left), next(left), next(left), list(left))
+        g_full, g_small, c2, *rest = left
+        return Operands(*lazies, g_full, g_small, c2, rest[:4], rest[4:])
 
 
 def check(case: PointwiseCase) -> str:
@@ -166,7 +190,41 @@ def build(case: PointwiseCase) -> Operands:
 
     d, a = lazy(case.shape, case.act_d), lazy(small, case.act_a)
     full, pooled = source.tensor(case.shape, leaf=False), source.tensor(small, leaf=False)
-    return Operands(d, a, full, pooled, torch.tensor(0.5, dtype=wide.dtype), [per_channel() for _ in range(4)])
+    k = [per_channel() for _ in range(4)]
+    conv = [source.tensor(shape, leaf=False) for shape in _convolved(case)]
+    return Operands(d, a, full, pooled, torch.tensor(0.5, dtype=wide.dtype), k, conv)
+
+
+def _convolved(case: PointwiseCase) -> list[tuple[int, ...]]:
+    """Shapes of an image and a weight that give one of the case's shape; every padding leaves something to see."""
+    if not case.conv:
+        return []
+    c_in, kernel = case.conv[0], case.conv[1:3]
+    size = [
+        (n - 1) * s + d * (k - 1) + 1 - 2 * p
+        for n, k, s, d, p in zip(case.shape[2:], kernel, *_settings(case), strict=True)
+    ]
+    return [(case.shape[0], c_in, *size), (case.shape[1], c_in, *kernel)]
+
+
+def _settings(case: PointwiseCase) -> tuple[list[int], list[int], list[int]]:
+    """Stride, dilation and padding of its convolution."""
+    kernel, stride, dilation, most = (case.conv[i : i + 2] for i in (1, 3, 5, 7))
+    whole = [(n - 1) * s + d * (k - 1) for n, k, s, d in zip(case.shape[2:], kernel, stride, dilation, strict=True)]
+    return list(stride), list(dilation), [min(p, n // 2) for p, n in zip(most, whole, strict=True)]
+
+
+def _grad_weight(case: PointwiseCase, o: Operands, given: tuple[Any, ...], *, ref: bool) -> object:
+    """The weight's gradient; `ref`: a library's of the gradient that is written out first. None: not served."""
+    image, weight = o.conv
+    stride, dilation, padding = _settings(case)
+    if not ref:
+        tied = Tied(tuple(stride), tuple((p, p) for p in padding), tuple(dilation))
+        return pointwise.grad_weight(*given, image, weight, tied, sums=case.extra)
+    g = pointwise.grad_forward_ref(*given, sums=True)
+    rest = (None, stride, padding, dilation, False, [0, 0], 1, [False, True, False])
+    found = torch.ops.aten.convolution_backward(g.g, image, weight, *rest)[1]
+    return found, g.total if case.extra else None
 
 
 def call(case: PointwiseCase, o: Operands, *, ref: bool) -> list[Tensor]:
@@ -176,6 +234,10 @@ def call(case: PointwiseCase, o: Operands, *, ref: bool) -> list[Tensor]:
     f: Callable = getattr(pointwise, plain if ref else name)
     window: Window = case.window
     loss, first, second = case.terms
+    incoming = (
+        o.d, o.a if loss else None, window, o.c2 if loss else None, o.g_small if first else None,
+        o.g_full if second else None,
+    )  # fmt: skip
     given: dict[str, Callable[[], object]] = {
         "channel_stats": lambda: f(o.d.x),
         "channel_sum": lambda: f(o.d.x),
@@ -192,10 +254,8 @@ def call(case: PointwiseCase, o: Operands, *, ref: bool) -> list[Tensor]:
             o.d, o.a, window, o.c2 if loss else None, o.g_small if first else None,
             in_place=case.in_place and first, sums=case.extra, loss=case.extra and loss,
         ),
-        "grad_forward": lambda: f(
-            o.d, o.a if loss else None, window, o.c2 if loss else None, o.g_small if first else None,
-            o.g_full if second else None, in_place=case.in_place and second, sums=case.extra,
-        ),
+        "grad_forward": lambda: f(*incoming, in_place=case.in_place and second, sums=case.extra),
+        "grad_weight": lambda: _grad_weight(case, o, incoming, ref=ref),
     }  # fmt: skip
     results = given[case.function]()
     results = results if isinstance(results, tuple) else (results,)
@@ -216,6 +276,8 @@ def _served(case: PointwiseCase, operands: Operands) -> str:
     kept = Snapshot([t for t in operands.tensors if t is not out])
     got = call(case, operands, ref=False)
     kept.check()
+    if case.function == "grad_weight" and not got:
+        return "passed over"  # not served
 
     def truth(tensors: list[Tensor], *, plain: bool = False) -> dict[str, list[Tensor]]:
         held = operands.holding([t.clone() for t in tensors])

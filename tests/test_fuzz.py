@@ -7,6 +7,7 @@ import dataclasses
 import fuzz
 import fuzz_chains
 import fuzz_layers
+import fuzz_pointwise
 import pytest
 import torch
 from cases import BACKENDS
@@ -136,3 +137,35 @@ def test_what_is_as_exact_as_its_type_passes_and_what_is_not_does_not() -> None:
         check_close({"sum": [x[0].to(dtype).sum()]}, truth, x, dtype, exact=False)
         with pytest.raises(AssertionError, match="sum: off by"):
             check_close({"sum": [x[0].sum() * (1 + 300 * eps)]}, truth, x, dtype, exact=False)
+
+
+WIDE = fuzz_chains.ChainCase(
+    seed=1, dims=2, lead=0, batch=2, size=(7, 6, 1), channels=1,
+    layers=(fuzz_chains.LayerOf(16, (3, 3, 3), 1, 1, 1, "zeros", True, (), ("relu",), True),
+            fuzz_chains.LayerOf(2, (3, 3, 3), 1, 1, 1, "zeros", True, ("max 2",), (), True)),
+    input_activation="", op="tied_chain", variant="local", memory="store", backend=None, dtype="float64",
+    values="normal", strides=("channels_last",), needs=62, incoming="dense", loss=True, shared=False, fault="none",
+)  # fmt: skip
+OF_WEIGHT = fuzz_pointwise.PointwiseCase(
+    seed=1, function="grad_weight", level=fuzz_pointwise.LEVELS[0], shape=(2, 16, 6, 5), window=(2, 2), act_d="relu",
+    act_a="identity", affine="none", terms=(True, True, False), in_place=False, pooled=False, done=False, mean=False,
+    extra=True, layout="channels_last", dtype="float32", values="normal", strides=("contiguous",), fault="none",
+    conv=(2, 3, 2, 2, 1, 1, 2, 1, 0),
+)  # fmt: skip
+
+
+@pytest.mark.skipif(extension.load() is None, reason="the extension is not built")
+def test_a_wrong_gradient_of_the_first_layers_weight_is_found(replaced, monkeypatch) -> None:
+    right = pointwise.grad_weight
+
+    def grad_weight(*given, **options):
+        found = right(*given, **options)
+        return found and (found[0] * (1 + 1e-4), found[1])
+
+    assert fuzz_chains.check(WIDE) == fuzz_pointwise.check(OF_WEIGHT) == "served"
+    monkeypatch.setattr(pointwise, "grad_weight", grad_weight)
+    replaced(grad_weight)
+    with pytest.raises(AssertionError, match="gradients: off by"):
+        fuzz_chains.check(WIDE)
+    with pytest.raises(AssertionError, match="0: off by"):
+        fuzz_pointwise.check(OF_WEIGHT)
