@@ -94,7 +94,7 @@ def grad_reverse_ref(
         off = undo.apply(value, steps, shape).to(wide) - _value(d)
         terms.append(c2 * (undo.adjoint(off, value.to(wide), steps, shape) if steps else off))
     found = sum_of_squares_ref(d, a, window) if loss else None
-    return _through(a, value, _total(terms, value), g_in if in_place else None, sums)._replace(loss=found)
+    return _through(a, value, _total(terms, value), g_in if in_place else None, sums, (g_in,))._replace(loss=found)
 
 
 def grad_forward_ref(
@@ -123,7 +123,7 @@ def grad_forward_ref(
         if a is None:
             raise ValueError("c2 needs a, from which the residual is taken; got a = None")
         terms.append(c2 * (value.to(wide) - undo.apply(_value(a), _pooling(window), tuple(value.shape))))
-    return _through(d, value, _total(terms, value), g_full if in_place else None, sums)
+    return _through(d, value, _total(terms, value), g_full if in_place else None, sums, (g_full, g_pooled))
 
 
 def _value(lazy: Lazy) -> Tensor:
@@ -150,13 +150,17 @@ def _activation(lazy: Lazy) -> Callable[..., Tensor]:
     return TABLE[lazy.act].forward
 
 
-def _through(lazy: Lazy, value: Tensor, g: Tensor, out: Tensor | None, sums: bool) -> Gradient:
-    """The gradient taken through the activation and rounded, and its sums."""
+def _through(
+    lazy: Lazy, value: Tensor, g: Tensor, out: Tensor | None, sums: bool, given: tuple[Tensor | None, ...]
+) -> Gradient:
+    """The gradient taken through the activation and rounded, and its sums; never one of those that are `given`."""
     if lazy.act != "identity":
         row = TABLE[lazy.act]
         args = [rounded(bound, value) for bound in lazy.args] if lazy.act == "hardtanh" else lazy.args
         g = row.backward(g, value.to(g.dtype) if row.from_output(*args) else _before(lazy), *args)
     g = g.to(value.dtype) if out is None else out.copy_(g)
+    if out is None and any(g is t for t in given):  # whoever asked may write over the result
+        g = torch.empty_like(value).copy_(g)
     wide = _wide(g)
     if lazy.scale is None and lazy.shift is None:
         return Gradient(g, _sum(g.to(wide)) if sums else None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chains import make
+from chains import describe_chain, make
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import racecar_kernels as rk
@@ -117,3 +118,22 @@ def test_one_channel_is_no_view_of_something_larger():
     tied = Tied((1, 1), ((0, 2), (0, 0)), (1, 1))
     u = single_channel.transposed(s, w, tied, (1, 1, 70, 70))
     assert u.untyped_storage().nbytes() == u.numel() * 4
+
+
+@pytest.mark.parametrize("expanded", [False, True], ids=["dense", "expanded"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "batch"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("variant", ["full", "local"])
+def test_the_gradient_that_arrives_at_a_norm_is_not_written_to(variant, backend, training, expanded):
+    """Nothing acts on it before the norm's own backward, which works in place."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3).train(training)).double()
+    x, g = torch.randn(2, 2, 3, 2, dtype=torch.float64), torch.randn(2, 3, 3, 2, dtype=torch.float64)
+    g = g[:1, :1, :1, :1].expand_as(g) if expanded else g
+    sample, before = describe_chain(net, x), g.clone()
+    parameters = list(net.parameters())
+    want = torch.autograd.grad(net(x), parameters, g)
+    out, _ = rk.tied_chain(*sample.arguments, last=sample.last, variant=variant, backend=backend)
+    got = torch.autograd.grad(out, parameters, g)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(g, before)
