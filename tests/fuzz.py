@@ -125,6 +125,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="repeats a run (default: another one each time)")
     parser.add_argument("--only", choices=TARGETS, help="one target gets all cases")
     options = parser.parse_args()
+    if options.cases < 1:
+        parser.error(f"--cases is a whole number from 1, got {options.cases}")
     seed = int.from_bytes(os.urandom(3), "big") if options.seed is None else options.seed
     torch.set_num_threads(min(2, torch.get_num_threads()))  # tensors are small; two, so that blocks are shared out
     print(f"seed {seed}; again: make fuzz CASES={options.cases} ARGS='--seed {seed}'", flush=True)

@@ -169,3 +169,13 @@ def test_a_wrong_gradient_of_the_first_layers_weight_is_found(replaced, monkeypa
         fuzz_chains.check(WIDE)
     with pytest.raises(AssertionError, match="0: off by"):
         fuzz_pointwise.check(OF_WEIGHT)
+
+
+@pytest.mark.parametrize("cases", ["0", "-3"])
+def test_no_cases_are_refused_in_one_sentence(cases, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["fuzz.py", "--cases", cases])
+    with pytest.raises(SystemExit) as ended:
+        fuzz.main()
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == ""
+    assert said.err.splitlines()[-1].endswith(f"error: --cases is a whole number from 1, got {cases}")
