@@ -260,15 +260,42 @@ def test_the_committed_results_can_be_read():
         (["mlp", "--plot", "ratios.jpg"], "--plot writes .png or .svg, got ratios.jpg"),
         (["mlp", "--json", "."], "--json is a file to write, . is a folder"),
         (["mlp", "--markdown", "missing.md"], "missing.md cannot be read: No such file"),
-        (["mlp", "--where", "--suite", "cpu"], "--where takes networks"),
+        (["mlp", "--where", "--suite", "cpu"], "--where takes networks, --contestants, --backends, --batch, --quick"),
+        (["mlp", "--where", "--rounds", "15", "--json", "x"], "--plot only, got --rounds, --json; leave them out"),
+        (["mlp", "--where", "--no-compile"], "got --compile; leave it out"),
+        (
+            ["--compare", "a", "b", "mlp", "--json", "x"],
+            "--compare takes no other options, got networks, --json; leave",
+        ),
+        (["--compare", "a", "b", "--where"], "--compare takes no other options, got --where; leave it out"),
+        (["--list", "mlp"], "--list takes no other options, got networks; leave them out"),
+        (["mlp", "--json", "file/x.json"], "--json: file/x.json cannot be written, "),
+        (["mlp", "--json", "file/new/x.json"], "file is no folder; name a file in another folder"),
+        (["mlp", "--plot", "file/x.svg"], "--plot: file/x.svg cannot be written, "),
+        (["mlp", "--plot", "/proc/x.svg"], "/proc/x.svg cannot be written, /proc takes nothing (No such file"),
+        (["mlp", "--where", "--plot", "file/x.svg"], "--plot: file/x.svg cannot be written, "),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_bad_input_is_one_sentence(words, message, instead, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
     done = bench(*words)
     assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output
     assert instead == []  # before anything is measured
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(instead, tmp_path, monkeypatch):
+    """As the system says it to whom it applies; root may write everywhere."""
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir / "tmp1"))
+
+    monkeypatch.setattr(results.tempfile, "TemporaryFile", refuse)
+    done = bench("mlp", "--json", tmp_path / "new" / "x.json")
+    assert done.exit_code == 2 and f"{tmp_path} takes nothing (Permission denied); name a file" in done.output
+    assert instead == [] and not list(tmp_path.iterdir())
 
 
 def test_a_page_without_marks_is_refused_before_anything_is_measured(tmp_path, instead):

@@ -181,8 +181,15 @@ def report(
     console.print(f"Report: {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
+def _named_as_given(context: typer.Context) -> list[str]:
+    """What stands on the command line, by the names it has there: `networks`, `--json` ..."""
+    given = [p for p in context.command.params if p.name is not None and was_given(context, p.name)]
+    return [p.opts[0] for p in given]
+
+
 @app.command()
 def bench(
+    context: typer.Context,
     networks: Annotated[
         list[str] | None, typer.Argument(metavar="[NETWORK]...", help="Which to measure; see --list. \\[default: all]")
     ] = None,
@@ -243,6 +250,7 @@ def bench(
 
     console = Console()
     try:
+        terminal.check_mode(_named_as_given(context))
         if list_:
             terminal.listing(console)
         elif compare is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,20 @@ class Report:
         unfinished.replace(path)
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+def why_not_writable(path: Path) -> str | None:
+    """Why a file at `path`, whose folders may not exist yet, could not be written; None if it could."""
+    folder = path
+    try:
+        if path.is_file():
+            with path.open("ab"):  # changes nothing
+                pass
+        folder = next(p for p in path.absolute().parents if p.exists() or p.is_symlink())
+        if not folder.is_dir():
+            return f"{folder} is no folder"
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder} takes nothing ({error.strerror or error})"
 
 
 def read(path: Path) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,30 @@ from .where import Row, kept_by_layer
 MARKS, WHERE_MARKS = "measured", "where"
 QUICK_COMPILES = "mlp"  # the one network that --quick compiles: the rest would take minutes
 PICTURES = (".png", ".svg")
+# What measures nothing, and what may stand beside it.
+MODES = {
+    "--list": (),
+    "--compare": (),
+    "--where": ("networks", "--contestants", "--backends", "--batch", "--quick", "--markdown", "--plot"),
+}
 
 
 class OptionsError(ValueError):
     """What was asked for cannot be done; the message is one sentence that says what can."""
+
+
+def check_mode(given: Sequence[str]) -> None:
+    """Raises OptionsError where one of `given`, the options on the command line, would be ignored."""
+    for mode in (m for m in MODES if m in given):
+        taken = MODES[mode]
+        ignored = [name for name in given if name not in (mode, *taken)]
+        if ignored:
+            beside = f"takes {', '.join(taken[:-1])} and {taken[-1]} only" if taken else "takes no other options"
+            raise OptionsError(f"{mode} {beside}, got {', '.join(ignored)}; leave {_them(ignored)} out")
+
+
+def _them(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 and names[0] != "networks" else "them"
 
 
 @dataclass(frozen=True)
@@ -66,6 +87,13 @@ class Options:
                 results.read(self.json)
             except results.ResultsError as error:
                 raise OptionsError(f"--json would replace what is no file of results: {error}") from None
+
+    def check_files(self) -> None:
+        """Raises OptionsError where a file could not be written in the end; leaves nothing behind."""
+        for name, path in (("json", self.json), ("markdown", self.markdown), ("plot", self.plot)):
+            reason = None if path is None else results.why_not_writable(path)
+            if reason is not None:
+                raise OptionsError(f"--{name}: {path} cannot be written, {reason}; name a file in another folder")
 
     def names(self) -> list[str]:
         """The networks to measure, in order."""
@@ -112,6 +140,7 @@ def run(options: Options, console: Console) -> Report:
         options.contestants_of(name)
     if options.markdown:
         tables.check_marks(options.markdown, MARKS)
+    options.check_files()
     if options.plot:
         from . import plot  # says that matplotlib is missing before hours of measuring
     if options.threads:
@@ -193,10 +222,9 @@ def where(options: Options, console: Console) -> None:
     Raises:
         OptionsError, tables.MarksError: bad input.
     """
-    if options.suite or options.json or options.resume:
-        raise OptionsError("--where takes networks, --contestants, --batch, --quick, --markdown and --plot only")
     if options.markdown:
         tables.check_marks(options.markdown, WHERE_MARKS)
+    options.check_files()
     if options.plot:
         from . import where_plot
     sections, pictures = [], {}
