@@ -11,6 +11,7 @@ from racecar.bench import contestants, where
 from racecar.bench.networks import NETWORKS, Network
 from racecar.cli import app
 from racecar.measure import kept_bytes
+from racecar_kernels import extension
 
 FLOAT = 4
 BY_NAME = {c.name: c for c in contestants.CONTESTANTS}
@@ -103,3 +104,15 @@ def test_the_command_fills_in_a_page_and_draws(tmp_path):
     assert "| Std | plain PyTorch, local | ours, local, store | ours, local, deferred |" in text
     assert "| 1 Conv2d 1->8 | input |" in text and "| all |  |" in text
     assert "<svg" in picture.read_text()
+
+
+@pytest.mark.skipif(extension.load() is None, reason="the extension is not built")
+@pytest.mark.parametrize("batch", [4, 200])
+@pytest.mark.parametrize("variant", ["full", "local"])
+def test_what_a_chain_of_narrow_layers_keeps_in_one_tensor_is_recognised(variant, batch):
+    """12-10-7-5-4-3-2, block by block of rows: what five layers gave, and what came back to all six."""
+    found = kept(NETWORKS["mlp"], f"ours, {variant}, store", batch)
+    assert found[0, where.EVERY_D] == batch * (10 + 7 + 5 + 4 + 3) * FLOAT
+    assert found[0, where.EVERY_A] == batch * (12 + 10 + 7 + 5 + 4 + 3) * FLOAT
+    assert (0, where.OTHER) not in found
+    assert where.EVERY_D not in {role for _, role in kept(NETWORKS["mlp"], "Std", batch)}

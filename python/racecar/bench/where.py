@@ -34,6 +34,7 @@ STATISTICS, BUFFERS = "norm statistics", "running statistics"
 SOURCE, COMES_BACK, BACK = "reverse: y - b", "reverse: u", "reverse: a"
 BACK_PADDED, BACK_PLACES = "reverse: padded copy", "reverse: pooling indices"
 UNDONE, RESIDUAL = "reverse: undone copy", "reverse: residual"
+EVERY_D, EVERY_A = "d of every layer", "a of every layer"  # of a chain of narrow linear layers, each in one tensor
 LOSSES, RANDOM, OTHER = "losses, scalars", "random state", "not recognised"
 
 
@@ -65,6 +66,17 @@ class Named:
             return torch.equal(kept.long(), self.values.long())
         scale = float(self.values.abs().max()) or 1.0
         return torch.allclose(kept.to(self.values.dtype), self.values, rtol=1e-3, atol=1e-5 * scale)
+
+
+class Packed(Named):
+    """Several tensors in one, in whatever order their values are there."""
+
+    def __init__(self, role: str, tensors: Sequence[Tensor]) -> None:
+        super().__init__(0, role, torch.cat([t.flatten() for t in tensors]).sort().values)
+
+    def is_in(self, kept: Tensor, size: float) -> bool:
+        """As `Named`, element by element in the order of size."""
+        return kept.numel() == self.values.numel() and super().is_in(kept.flatten().sort().values, size)
 
 
 def _size(tensor: Tensor) -> float:
@@ -182,7 +194,7 @@ def _of_part(
         named, h = _latent(m, layer.latent, h)
         forward += named
         d.append(h)
-    y = d[-1]
+    y, came_back = d[-1], list[Tensor]()
     for m in range(len(layers) - 1, -1, -1):
         source = y if variant == "full" else d[m + 1]
         back: list[Named] = []
@@ -199,8 +211,13 @@ def _of_part(
             factor = [big // small for big, small in zip(a.shape[2:], sizes[m][0][2:], strict=True)]
             back.append(Named(start + m + 1, BACK_PLACES, _MAX_POOL[a.dim()](a, factor, return_indices=True)[1]))
         y = plain.undo(layers[m].pre, a, sizes[m])
+        came_back.append(a)
         groups.append([*back, Named(start + m + 1, UNDONE, y), Named(start + m + 1, RESIDUAL, d[m] - y)])
-    return forward, [named for group in reversed(groups) for named in group]
+    backwards = [named for group in reversed(groups) for named in group]
+    if len(d) > 2 and all(isinstance(layer.op, nn.Linear) for layer in layers):
+        forward.append(Packed(EVERY_D, d[1:-1]))
+        backwards.append(Packed(EVERY_A, came_back))
+    return forward, backwards
 
 
 def _padded(m: int, role: str, op: Any, h: Tensor) -> list[Named]:
