@@ -21,13 +21,20 @@ _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804
 
 @dataclass(frozen=True)
 class Row:
-    """`forward(u, *args)`; `backward(g, x, *args)`, where x is the output if `from_output(*args)`, else the input."""
+    """`forward(u, *args)`; `backward(g, x, *args)`, where x is the output if `from_output(*args)`, else the input.
+
+    The args are the module's attributes of the names in `settings`.
+    """
 
     module: type[nn.Module]
     forward: Callable[..., Tensor]
     backward: Callable[..., Any]  # a tensor; for PReLU its two gradients
-    args: Callable[[Any], tuple[Any, ...]] = lambda m: ()
+    settings: tuple[str, ...] = ()
     from_output: Callable[..., bool] = lambda *args: False
+
+    def args(self, module: Any) -> tuple[Any, ...]:
+        """Those of a module."""
+        return tuple(getattr(module, name) for name in self.settings)
 
 
 def _always(*args: Any) -> bool:
@@ -61,7 +68,7 @@ TABLE: dict[str, Row] = {
         nn.LeakyReLU,
         F.leaky_relu,
         lambda g, x, slope: aten.leaky_relu_backward(g, x, slope, slope > 0),
-        lambda m: (m.negative_slope,),
+        ("negative_slope",),
         lambda slope: slope > 0,
     ),
     "prelu": Row(nn.PReLU, F.prelu, prelu_backward),
@@ -69,7 +76,7 @@ TABLE: dict[str, Row] = {
         nn.ELU,
         F.elu,
         lambda g, x, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, alpha > 0, x),
-        lambda m: (m.alpha,),
+        ("alpha",),
         lambda alpha: alpha > 0,
     ),
     "selu": Row(
@@ -79,14 +86,14 @@ TABLE: dict[str, Row] = {
         nn.CELU,
         F.celu,
         lambda g, x, alpha: aten.elu_backward(g, alpha, 1.0, 1.0 / alpha, alpha > 0, x),
-        lambda m: (m.alpha,),
+        ("alpha",),
         lambda alpha: alpha > 0,
     ),
     "gelu": Row(
         nn.GELU,
         lambda u, approximate: F.gelu(u, approximate=approximate),
         lambda g, u, approximate: aten.gelu_backward(g, u, approximate=approximate),
-        lambda m: (m.approximate,),
+        ("approximate",),
     ),
     "silu": Row(nn.SiLU, F.silu, aten.silu_backward),
     "mish": Row(nn.Mish, F.mish, aten.mish_backward),
@@ -97,21 +104,21 @@ TABLE: dict[str, Row] = {
         nn.Hardtanh,
         F.hardtanh,
         lambda g, a, low, high: aten.hardtanh_backward(g, a, rounded(low, a), rounded(high, a)),
-        lambda m: (m.min_val, m.max_val),
+        ("min_val", "max_val"),
         _always,
     ),
     "hardsigmoid": Row(nn.Hardsigmoid, F.hardsigmoid, aten.hardsigmoid_backward),
     "hardswish": Row(nn.Hardswish, F.hardswish, aten.hardswish_backward),
-    "hardshrink": Row(nn.Hardshrink, F.hardshrink, aten.hardshrink_backward, lambda m: (m.lambd,)),
-    "softshrink": Row(nn.Softshrink, F.softshrink, aten.softshrink_backward, lambda m: (m.lambd,)),
-    "softplus": Row(nn.Softplus, F.softplus, aten.softplus_backward, lambda m: (m.beta, m.threshold)),
+    "hardshrink": Row(nn.Hardshrink, F.hardshrink, aten.hardshrink_backward, ("lambd",)),
+    "softshrink": Row(nn.Softshrink, F.softshrink, aten.softshrink_backward, ("lambd",)),
+    "softplus": Row(nn.Softplus, F.softplus, aten.softplus_backward, ("beta", "threshold")),
     "softsign": Row(nn.Softsign, F.softsign, lambda g, a: (1 - a.abs()).square_().mul_(g), from_output=_always),
     "tanhshrink": Row(nn.Tanhshrink, F.tanhshrink, lambda g, u: torch.tanh(u).square_().mul_(g)),
     "threshold": Row(
         nn.Threshold,
         F.threshold,
         lambda g, u, threshold, value: aten.threshold_backward(g, u, threshold),
-        lambda m: (m.threshold, m.value),
+        ("threshold", "value"),
     ),
 }
 

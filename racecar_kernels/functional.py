@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import chain_ops, describe, linear_chain, ops
 from .backends import Query, choose
-from .checks import check, check_chain, check_layers, check_tensors
+from .checks import check, check_chain, check_sequences, check_tensors
+from .descriptions import check_layers
 from .layer import Chain, Latent, Layer, Segment, Tied
 
 REDUCTIONS = ("l2", "sum", "mean")
@@ -50,6 +51,8 @@ def reverse_layers(
     Returns:
         a of the last layer (its `pre` not undone), and Σ (target - undo(a))² of every layer, float32 or wider.
     """
+    if not torch.compiler.is_compiling():
+        check_layers(segment.layers, ())
     y, weights, biases = autocast(y, weights, biases)
     keep = keep and torch.is_grad_enabled()
     a, losses, _ = torch.ops.racecar.reverse_layers(
@@ -262,6 +265,7 @@ def tied_chain(
     check_choice("memory", memory, (*MEMORY, "deferred"))
     check_tensors(x=x)
     check_layers(layers, last)
+    check_sequences(weights=weights, biases=biases, params=params)
     chain = Chain(tuple(layers), tuple(last), variant == "full", backend)
     return run_chain(chain, str(chain), x, weights, biases, params, memory=memory, report=report)
 

@@ -201,7 +201,7 @@ def test_second_derivatives_are_refused():
         (dict(variant="both"), "variant must be one of 'full', 'local', got 'both'"),
         (dict(memory="deferred"), "memory='deferred' needs variant='local'"),
         (dict(x=torch.zeros(0, 6, dtype=torch.float64)), "x is empty"),
-        (dict(x=torch.zeros(3, 5, dtype=torch.float64)), "weight expects 6 input features, target has 5"),
+        (dict(x=torch.zeros(3, 5, dtype=torch.float64)), "layer 1: weight expects 6 input features, but x has 5"),
         (dict(x=torch.zeros(3, 6, dtype=torch.int64)), "real floating-point"),
         (dict(x=[1.0]), "x must be a tensor, got list"),
         (dict(layers=[torch.nn.Linear(6, 5)]), "layers holds Layer of racecar_kernels, got Linear; racecar.wrap takes"),

@@ -123,6 +123,7 @@ class Reversible(nn.Module):
         if not engine.active(self):
             engine.idle(self)
             return super().forward(*args, **kwargs)
+        _check_input(args, kwargs)
         if not torch.compiler.is_compiling() and engine.chained.why_not(engine, self, args, kwargs) is None:
             run = Run()
             out = engine.chained.forward(engine, run, args[0])
@@ -230,6 +231,14 @@ def _check_model(model: object) -> None:
         raise ValueError(
             f"{type(model).__name__} has attributes of its own named {', '.join(taken)}, which wrap would hide; "
             "rename them, or put the model into an nn.Sequential and wrap that"
+        )
+
+
+def _check_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises TypeError for what is no tensor; how many arguments there are, the model's own forward says."""
+    if len(args) == 1 and not kwargs and not isinstance(args[0], Tensor):
+        raise TypeError(
+            f"the model's input must be a tensor, got {type(args[0]).__name__}; torch.as_tensor makes one of numbers"
         )
 
 
