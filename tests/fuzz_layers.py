@@ -25,7 +25,7 @@ FAULTS = (
     "negative padding", "no kernel", "no output channels", "one output channel more than groups take", "bias is a list",
 )  # fmt: skip
 # The files whose sentences are meant for users; an error out of any other one got past the checks.
-SENTENCES = ("checks.py", "functional.py", "describe.py", "backends/__init__.py", "layer.py")
+SENTENCES = ("checks.py", "descriptions.py", "functional.py", "describe.py", "backends/__init__.py", "layer.py")
 
 
 @dataclass(frozen=True)
