@@ -190,7 +190,8 @@ class Run:
                 return "passed over"
             raise
         self.snapshot.check()
-        exactly = case.values == "lattice" and case.dtype in ("float32", "float64")
+        # a mean divides, by what need not be a power of two
+        exactly = case.values == "lattice" and case.dtype in ("float32", "float64") and case.reduction != "mean"
         inputs = [exact(t) for t in self.leaves]
         check_close(ours, self.truth, inputs, self.dtype, exact=exactly)
         return "served"
