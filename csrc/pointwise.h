@@ -54,13 +54,14 @@ struct Grid {
 // What the convolution in front of c read, and how: channels innermost. The gradient of its weight is
 // [taps][channels][channels of c], a tap the row and the column in the kernel.
 struct Image {
-  const void *x; // null: the gradient of c is written, and nothing is multiplied
+  const void *x; // null: there is none, and nothing is multiplied
   int64_t channels, height, width;
   int64_t rows, columns; // of c
   int64_t kernel[2], stride[2], padding[2], dilation[2];
-  int64_t patch;     // elements of a row of it that the longest row of a tile reads
-  int64_t weights;   // taps · channels · channels of c
-  double *gradients; // per block: that many sums
+  int64_t patch;             // elements of a row of it that the longest row of a tile reads
+  int64_t weights;           // taps · channels · channels of c
+  double *gradients;         // per block: that many sums
+  const void *weight, *bias; // forward: [taps][channels][channels of c] and one value per channel, in Lazy's type
 };
 
 struct Job {
@@ -71,6 +72,7 @@ struct Job {
   bool loss;          // whether c2 is given
   double c2;
   void *out, *out_pooled; // null where not wanted
+  void *c;                // what is computed from an image: d.x, to be written
   const void *k[4];       // values per channel
   double *partials;       // per block: two sums for every channel
   double *squares;        // per block: one number
@@ -81,7 +83,7 @@ using Kernel = void (*)(const Job &job, int64_t block, void *scratch);
 
 struct Kernels {
   Kernel sums;           // d.x, k[0] or null          -> partials: Σ (x - k0), Σ (x - k0)² (zeros without k0)
-  Kernel materialise;    // d, k[0] or null            -> out = d - k0, out_pooled
+  Kernel materialise;    // d, k[0] or null            -> out = d - k0, out_pooled; with image: d.x = W x + b, first
   Kernel sum_of_squares; // d, a, k[0] or null         -> squares: Σ (d - undo(a))²; out = a - k0 where wanted
   Kernel grad_reverse;   // d, a, g, c2                -> out; partials, where wanted: Σ g, Σ g·(x - mean); squares
   Kernel grad_forward;   // d, a, g, pooled, c2        -> out, or image.gradients; partials, where wanted, as above

@@ -117,7 +117,10 @@ template <class S> void materialise(const Job &job, int64_t block, void *scratch
   Values<S> d(job.d, g, arena);
   Spread<T> minus(job.k[0], g, arena);
   T *const row = arena.take<T>(g.row), *const largest = arena.take<T>(g.row);
+  Convolution<S> convolution(job, arena);
   each_tile(g, block, [&](const Tile &t) {
+    for (int64_t r = 0; r < t.rows && convolution.wanted(); ++r)
+      convolution.write(static_cast<S *>(job.c), t.full + r * g.width * g.inner, t.columns * g.inner);
     if (!job.out && Simple<S>::serves(d, g, t))
       return pool_2x2(g, t, d, static_cast<S *>(job.out_pooled) + t.small);
     const int64_t n = t.columns * g.inner;

@@ -131,6 +131,28 @@ std::tuple<MaybeTensor, MaybeTensor> materialise(const LazyTensor &lazy, const W
   return {whole, small};
 }
 
+// c = W image + b into `lazy`'s empty tensor, and its largest values; without a window the activation is written over
+// c.
+MaybeTensor convolve_image(const LazyTensor &lazy, const Window &window, const Tensor &image, const Tensor &weight,
+                           const MaybeTensor &bias, const Geometry &stride, const Geometry &padding,
+                           const Geometry &dilation) {
+  const Tensor &c = tensor_of(lazy);
+  Call call(c, window, {});
+  call.job.d = call.lazy(lazy);
+  call.job.c = writable(c);
+  call.convolve(image, weight, stride, padding, dilation);
+  call.multiply(bias);
+  MaybeTensor small;
+  if (window) {
+    small = call.empty_pooled();
+    call.job.out_pooled = writable(*small);
+  } else {
+    call.job.out = call.job.c;
+  }
+  call.run(call.kernels().materialise);
+  return small;
+}
+
 std::tuple<Tensor, MaybeTensor> compare(const LazyTensor &d, const LazyTensor &a, const Window &window, bool source,
                                         const MaybeTensor &minus) {
   Call call(tensor_of(d), window, {&tensor_of(a)});
@@ -225,7 +247,8 @@ std::tuple<Tensor, MaybeTensor> grad_weight(const LazyTensor &d, const std::opti
   Call call(tensor_of(d), window, {a ? &tensor_of(*a) : nullptr, pointer(g_pooled), pointer(g_full)});
   take_incoming(call, d, a, c2, g_pooled, g_full);
   call.job.g = g_full ? g_full->const_data_ptr() : nullptr;
-  call.sum_weight(image, weight, stride, padding, dilation);
+  call.convolve(image, weight, stride, padding, dilation);
+  call.sum_weight();
   if (sums)
     call.sum_channels();
   call.run(call.kernels().grad_forward);
@@ -287,6 +310,7 @@ void bind_pointwise(pybind11::module_ &module) {
   module.def("grad_reverse", &grad_reverse, no_gil);
   module.def("grad_forward", &grad_forward, no_gil);
   module.def("grad_weight", &grad_weight, no_gil);
+  module.def("convolve_image", &convolve_image, no_gil);
   module.def("norm_input_grad_", &norm_input_grad_, no_gil);
   module.def("batch_norm", &batch_norm, no_gil);
   module.def("batch_norm_backward_", &batch_norm_backward_, no_gil);

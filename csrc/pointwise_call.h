@@ -174,11 +174,11 @@ public:
     job.partials = partials_.mutable_data_ptr<double>();
   }
 
-  // Instead of the result: the gradient of the weight (channels, image's channels, kh, kw), in whose layout it comes.
-  void sum_weight(const Tensor &image, const Tensor &weight, const Geometry &stride, const Geometry &padding,
-                  const Geometry &dilation) {
+  // The convolution of `image` that gives the full size: what the kernels need to know of it.
+  void convolve(const Tensor &image, const Tensor &weight, const Geometry &stride, const Geometry &padding,
+                const Geometry &dilation) {
     TORCH_CHECK(job.grid.inner > 1 && full_.dim() == 4 && image.dim() == 4 && weight.dim() == 4,
-                "the gradient of the weight is computed for (N, C, H, W) in channels_last, C > 1");
+                "convolutions of an image are computed for (N, C, H, W) in channels_last, C > 1");
     TORCH_CHECK(image.scalar_type() == full_.scalar_type() && weight.scalar_type() == full_.scalar_type() &&
                     image.device().is_cpu() && is_channels_last(image),
                 "the image and the weight need the type ", full_.scalar_type(), ", and the image to be channels_last");
@@ -196,14 +196,28 @@ public:
     const int64_t longest = std::min(job.grid.row / job.grid.inner, i.columns);
     i.patch = ((longest - 1) * i.stride[1] + (i.kernel[1] - 1) * i.dilation[1] + 1) * i.channels;
     i.weights = weight.numel();
+    weight_ = weight;
+    job.grid.scratch += (job.grid.row + i.weights + i.kernel[0] * i.patch) * 8 + 256;
+  }
+
+  // Instead of the result: the gradient of the convolution's weight, in whose shape and layout it comes.
+  void sum_weight() {
+    Image &i = job.image;
     if (Grid &g = job.grid; g.blocks > 0) { // blocks so large that what they sum is an eighth of c at most
       g.per_block = std::max(g.per_block, kWeightDepth * i.weights / (g.columns * g.kw * g.kh * g.inner));
       g.blocks = (g.outer * g.h * g.tiles + g.per_block - 1) / g.per_block;
     }
-    weight_ = weight;
     weights_ = at::empty({job.grid.blocks, i.kernel[0], i.kernel[1], i.channels, full_.size(1)}, at::kDouble);
     i.gradients = weights_.mutable_data_ptr<double>();
-    job.grid.scratch += ((job.grid.rows + 1) * job.grid.row + 2 * i.weights + i.kernel[0] * i.patch) * 8 + 320;
+    job.grid.scratch += (job.grid.rows * job.grid.row + i.weights) * 8 + 128;
+  }
+
+  // The convolution's weight and bias as the kernels read them.
+  void multiply(const MaybeTensor &bias) {
+    weights_ = weight_.permute({2, 3, 1, 0}).to(wide()).contiguous();
+    job.image.weight = weights_.const_data_ptr();
+    if (bias)
+      job.image.bias = per_channel(*bias, "bias");
   }
 
   // Its sum over all blocks, in double.

@@ -1,5 +1,6 @@
-// The gradient of the weight of a convolution that reads few channels, from rows of ∂/∂c that are still in the
-// first-level cache: ∂/∂c itself is never written. Included by pointwise.inl, inside the namespace of a level.
+// The convolution of an image of few channels, forth and back, beside the pointwise work on its result: c is computed
+// row by row where it is pooled, and ∂/∂c goes into the gradient of the weight from rows that are still in the
+// first-level cache, so that it is never written. Included by pointwise.inl, inside the namespace of a level.
 
 // RACECAR_VECTOR bytes in one register.
 template <class T> struct Vector;
@@ -10,69 +11,55 @@ template <> struct Vector<double> {
   typedef double type __attribute__((vector_size(RACECAR_VECTOR)));
 };
 
-// ∂/∂W[t, k, c] = Σ_q x[k, stride·q + dilation·t - padding] · g[c, q], for the pixels q of a block.
-template <class S> struct WeightSums {
+template <class T> RACECAR_INLINE typename Vector<T>::type load_vector(const T *from) {
+  typename Vector<T>::type v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <class T> RACECAR_INLINE void store_vector(T *to, typename Vector<T>::type v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+
+// What pixels of c side by side read of the image, zeros around it: the rows of the kernel under each other.
+template <class S> struct Patch {
   using T = typename Storage<S>::T;
-  using V = typename Vector<T>::type;
-  static constexpr int64_t lanes = RACECAR_VECTOR / static_cast<int64_t>(sizeof(T));
-  static constexpr int few = 256; // pixels that are summed in the type that is computed in, before they go to double
-  static constexpr int most = 9;  // sums that stay in registers, of one vector each
-
   const Image &image;
-  const int64_t inner, wide; // channels of c; elements of a row of the image that a run of pixels reads
-  T *const narrow;
-  double *const sums;
-  S *const rows; // of ∂/∂c, for those of a tile
-  T *const row;  // one of them, in the type that is computed in
-  T *const patch;
-  const int64_t all, each_time; // weights of a channel of c, and how many of them are summed at a time
-  int64_t *const at;            // where in `patch` they begin to read
-  int64_t pixels = 0;
+  const int64_t inner, wide, all; // channels of c; elements of a row of the patch; weights of a channel of c
+  T *const values;
+  int64_t *const at; // where in `values` every weight begins to read
 
-  WeightSums(const Job &job, int64_t block, Arena &arena)
-      : image(job.image), inner(job.grid.inner), wide(image.patch), narrow(take<T>(arena, image.weights)),
-        sums(wanted() ? image.gradients + block * image.weights : nullptr),
-        rows(take<S>(arena, job.grid.rows * job.grid.row)), row(take<T>(arena, job.grid.row)),
-        patch(take<T>(arena, image.kernel[0] * wide)), all(wanted() ? image.weights / inner : 0),
-        each_time(wanted() ? (all - 1) / ((all - 1) / most + 1) + 1 : 0), at(take<int64_t>(arena, all)) {
+  Patch(const Job &job, Arena &arena)
+      : image(job.image), inner(job.grid.inner), wide(image.patch), all(wanted() ? image.weights / inner : 0),
+        values(take<T>(arena, image.kernel[0] * wide)), at(take<int64_t>(arena, all)) {
     const int64_t across = image.kernel[1] * image.channels;
     for (int64_t w = 0; w < all; ++w)
       at[w] = w / across * wide + w % across / image.channels * image.dilation[1] * image.channels + w % image.channels;
-    if (wanted())
-      each(image.weights, [to = narrow, sums = sums](int64_t i) { to[i] = 0, sums[i] = 0; });
   }
 
   bool wanted() const { return image.x != nullptr; }
+  int64_t step() const { return image.stride[1] * image.channels; } // from one pixel to the next
 
-  // Takes a row of ∂/∂c: n elements, the first of them belongs to element `first` of c.
-  void add(const S *given, int64_t first, int64_t n) {
-    const T *g = load(given, n, row);
-    for (int64_t pixel = first / inner, left = n / inner; left > 0;) {
+  template <class X> X *take(Arena &arena, int64_t n) const { return wanted() ? arena.take<X>(n) : nullptr; }
+
+  // Calls f(number of pixels, element of the row) for every part of n elements of c from `first` on that lies in one
+  // row of one image, with the patch cut for it.
+  template <class F> void each_run(int64_t first, int64_t n, F f) {
+    for (int64_t pixel = first / inner, left = n / inner, done = 0; left > 0;) {
       const int64_t x = pixel % image.columns, y = pixel / image.columns % image.rows;
       const int64_t some = left < image.columns - x ? left : image.columns - x;
       cut(pixel / image.columns / image.rows, y, x, some);
-      add_run(some, g);
-      pixel += some, left -= some, g += some * inner;
+      f(some, done);
+      pixel += some, left -= some, done += some * inner;
     }
-    if ((pixels += n / inner) >= few)
-      drain();
   }
 
-  void finish() {
-    if (wanted())
-      drain();
-  }
-
-private:
-  template <class X> X *take(Arena &arena, int64_t n) const { return wanted() ? arena.take<X>(n) : nullptr; }
-
-  // What `count` pixels side by side read of image n, zeros around it: the rows of the kernel under each other.
   void cut(int64_t n, int64_t y, int64_t x, int64_t count) {
     const int64_t reach = (count - 1) * image.stride[1] + (image.kernel[1] - 1) * image.dilation[1] + 1;
     const int64_t left = x * image.stride[1] - image.padding[1], k = image.channels;
     const int64_t begin = left < 0 ? -left : 0, end = image.width - left < reach ? image.width - left : reach;
     for (int64_t i = 0; i < image.kernel[0]; ++i) {
-      T *const to = patch + i * wide;
+      T *const to = values + i * wide;
       const int64_t from_y = y * image.stride[0] + i * image.dilation[0] - image.padding[0];
       if (from_y < 0 || from_y >= image.height || begin >= end) {
         each(reach * k, [=](int64_t e) { to[e] = 0; });
@@ -85,11 +72,113 @@ private:
       each((reach - end) * k, [=](int64_t e) { to[end * k + e] = 0; });
     }
   }
+};
 
-  // Every weight's sum over the pixels in `patch`.
+// c[q] = bias + Σ_t W[t] x[stride·q + dilation·t - padding], rows of it at a time.
+template <class S> struct Convolution {
+  using T = typename Storage<S>::T;
+  using V = typename Vector<T>::type;
+  static constexpr int64_t lanes = RACECAR_VECTOR / static_cast<int64_t>(sizeof(T));
+
+  Patch<S> patch;
+  const T *const weight, *const bias; // [weights][channels of c]; null: none
+  T *const row;
+
+  Convolution(const Job &job, Arena &arena)
+      : patch(job, arena), weight(static_cast<const T *>(job.image.weight)),
+        bias(static_cast<const T *>(job.image.bias)), row(patch.template take<T>(arena, job.grid.row)) {}
+
+  bool wanted() const { return patch.wanted() && weight; }
+
+  // Writes n elements of c from `first` on.
+  void write(S *c, int64_t first, int64_t n) {
+    T *const into = target(c + first, row);
+    patch.each_run(first, n, [&](int64_t count, int64_t done) {
+      int64_t q = 0;
+      for (; q + 4 <= count; q += 4)
+        add_pixels<4>(q, into + done);
+      for (; q < count; ++q)
+        add_pixels<1>(q, into + done);
+    });
+    if (into == row)
+      each(n, [=, from = row, to = c + first](int64_t i) { to[i] = Storage<S>::store(from[i]); });
+  }
+
+private:
+  template <int some> RACECAR_INLINE void add_pixels(int64_t q, T *to) const {
+    const int64_t step = patch.step(), inner = patch.inner, all = patch.all;
+    const T *const x = patch.values + q * step;
+    int64_t c = 0;
+    for (; c + lanes <= inner; c += lanes) {
+      V sum[some];
+      for (int u = 0; u < some; ++u)
+        sum[u] = bias ? load_vector(bias + c) : V{};
+      for (int64_t w = 0; w < all; ++w) {
+        const V own = load_vector(weight + w * inner + c);
+        for (int u = 0; u < some; ++u)
+          sum[u] += own * x[patch.at[w] + u * step];
+      }
+      for (int u = 0; u < some; ++u)
+        store_vector(to + (q + u) * inner + c, sum[u]);
+    }
+    for (; c < inner; ++c)
+      for (int u = 0; u < some; ++u) {
+        T sum = bias ? bias[c] : static_cast<T>(0);
+        for (int64_t w = 0; w < all; ++w)
+          sum = muladd(weight[w * inner + c], x[patch.at[w] + u * step], sum);
+        to[(q + u) * inner + c] = sum;
+      }
+  }
+};
+
+// ∂/∂W[t, k, c] = Σ_q x[k, stride·q + dilation·t - padding] · g[c, q], for the pixels q of a block.
+template <class S> struct WeightSums {
+  using T = typename Storage<S>::T;
+  using V = typename Vector<T>::type;
+  static constexpr int64_t lanes = RACECAR_VECTOR / static_cast<int64_t>(sizeof(T));
+  static constexpr int few = 256; // pixels that are summed in the type that is computed in, before they go to double
+  static constexpr int most = 9;  // sums that stay in registers, of one vector each
+
+  Patch<S> patch;
+  const int64_t inner, weights, each_time; // how many weights of a channel are summed at a time
+  T *const narrow;
+  double *const sums;
+  S *const rows; // of ∂/∂c, for those of a tile
+  T *const row;  // one of them, in the type that is computed in
+  int64_t pixels = 0;
+
+  WeightSums(const Job &job, int64_t block, Arena &arena)
+      : patch(job, arena), inner(patch.inner), weights(job.image.weights),
+        each_time(wanted() ? (patch.all - 1) / ((patch.all - 1) / most + 1) + 1 : 0),
+        narrow(patch.template take<T>(arena, weights)),
+        sums(wanted() ? job.image.gradients + block * weights : nullptr),
+        rows(patch.template take<S>(arena, job.grid.rows * job.grid.row)),
+        row(patch.template take<T>(arena, job.grid.row)) {
+    if (wanted())
+      each(weights, [to = narrow, sums = sums](int64_t i) { to[i] = 0, sums[i] = 0; });
+  }
+
+  bool wanted() const { return patch.wanted(); }
+
+  // Takes a row of ∂/∂c: n elements, the first of them belongs to element `first` of c.
+  void add(const S *given, int64_t first, int64_t n) {
+    const T *const g = load(given, n, row);
+    patch.each_run(first, n, [&](int64_t count, int64_t done) { add_run(count, g + done); });
+    if ((pixels += n / inner) >= few)
+      drain();
+  }
+
+  void finish() {
+    if (wanted())
+      drain();
+  }
+
+private:
+  // Every weight's sum over the pixels in the patch.
   void add_run(int64_t count, const T *g) {
-    for (int64_t first = 0; first < all; first += each_time)
-      add_some<most>(all - first < each_time ? all - first : each_time, at + first, count, g, narrow + first * inner);
+    for (int64_t first = 0; first < patch.all; first += each_time)
+      add_some<most>(patch.all - first < each_time ? patch.all - first : each_time, patch.at + first, count, g,
+                     narrow + first * inner);
   }
 
   // Calls the one whose number of sums is known to the compiler.
@@ -102,23 +191,22 @@ private:
 
   // `some` weights of every channel: their sums stay in registers while the pixels go by.
   template <int some> void add_weights(const int64_t *at, int64_t count, const T *g, T *to) const {
-    const int64_t step = image.stride[1] * image.channels, inner = this->inner;
+    const int64_t step = patch.step(), inner = this->inner;
     const T *x[some];
     for (int u = 0; u < some; ++u)
-      x[u] = patch + at[u];
+      x[u] = patch.values + at[u];
     int64_t c = 0;
     for (; c + lanes <= inner; c += lanes) {
       V sum[some];
       for (int u = 0; u < some; ++u)
-        __builtin_memcpy(&sum[u], to + u * inner + c, sizeof(V));
+        sum[u] = load_vector(to + u * inner + c);
       for (int64_t q = 0; q < count; ++q) {
-        V own;
-        __builtin_memcpy(&own, g + q * inner + c, sizeof(V));
+        const V own = load_vector(g + q * inner + c);
         for (int u = 0; u < some; ++u)
           sum[u] += own * x[u][q * step];
       }
       for (int u = 0; u < some; ++u)
-        __builtin_memcpy(to + u * inner + c, &sum[u], sizeof(V));
+        store_vector(to + u * inner + c, sum[u]);
     }
     for (; c < inner; ++c)
       for (int u = 0; u < some; ++u)
@@ -127,7 +215,7 @@ private:
   }
 
   void drain() {
-    each(image.weights, [from = narrow, to = sums](int64_t i) {
+    each(weights, [from = narrow, to = sums](int64_t i) {
       to[i] += static_cast<double>(from[i]);
       from[i] = 0;
     });

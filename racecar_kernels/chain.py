@@ -82,10 +82,15 @@ def forward(tied: Tied, *, store: bool, reverse: bool = True) -> Ran:
     chain, kernels = tied.chain, tied.kernels()
     n = len(chain.layers)
     inputs, kept, stats = [Lazy(tied.x)], [], []
+    c, pooled = first_layer(tied, kernels)
     for m, layer in enumerate(chain.layers):
-        c = convolve(received(kernels, inputs[-1], layer.pre), tied.weights[m], tied.biases[m], layer)
+        done = c is not None and pooled is None  # φ is in it
+        if c is None:
+            p, pooled = received(kernels, inputs[-1], layer.pre) if pooled is None else pooled, None
+            c = convolve(p, tied.weights[m], tied.biases[m], layer)
+            del p
         own, params = tied.latent(m)
-        reading = phi.read(kernels, c, own, params, done=False)
+        reading = phi.read(kernels, c, own, params, done=done)
         stats += phi.stats_of(reading, own)
         d = reading.lazy
         if keeps_result(chain, m):
@@ -97,12 +102,28 @@ def forward(tied: Tied, *, store: bool, reverse: bool = True) -> Ran:
             d = Lazy(whole(kernels, d))
         kept.append(c)
         inputs.append(d)
-        del c, reading
+        c = None
+        del reading
     losses = tied.x.new_zeros(n, dtype=wide_of(tied.x))
     back: list[Tensor] = []
     if reverse:
         losses, back = reverse_all(tied, kernels, inputs, store=store)
     return Ran(inputs[-1].x, losses, stats, kept, back)
+
+
+def first_layer(tied: Tied, kernels: Family) -> tuple[Tensor | None, Tensor | None]:
+    """Layer 1 where a kernel serves it whole: d_2, or c and d_2 pooled as layer 2 receives it. Else (None, None)."""
+    layer, known = tied.chain.layers[0], phi.parts(tied.latent(0)[0])
+    if layer.pre or layer.tied.dims != 2 or known is None or known.norm is not None:
+        return None, None
+    act, args = ("identity", ()) if known.act is None else (known.act.name, known.act.args)
+    written, window = keeps_result(tied.chain, 0), None
+    if not written:
+        known_window, window = pooling.window_of(tied.chain.layers[1].pre if len(tied.chain.layers) > 1 else ())
+        if not known_window or window is None:
+            return None, None
+    found = kernels.convolve_image(tied.x, tied.weights[0], tied.biases[0], layer.tied, act, args, window)
+    return (None, None) if found is None else found
 
 
 def received(kernels: Family, d: Lazy, steps: tuple[Step, ...]) -> Tensor:

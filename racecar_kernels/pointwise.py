@@ -234,19 +234,11 @@ def grad_weight(
     What `grad_forward` would give, g, is never written: a few of its pixels at a time are multiplied with the image.
     Served are few input channels, where a library spends its time with moving g, in channels_last.
     """
-    if (
-        tied.dims != 2
-        or tied.groups != 1
-        or tied.padding_mode != "zeros"
-        or d.shift is not None
-        or not 0 < weight[0].numel() <= MOST_WEIGHTS
-        or weight.shape[0] % 16 > 0
-        or weight.shape[0] > MOST_CHANNELS
-    ):
+    if d.shift is not None or not _of_few_channels(image, weight, tied) or weight.dtype != d.x.dtype:
         return None
     module = _module(d, a, image, g_pooled, g_full, window=window)
     read = (d.x, None if a is None else a.x, image, g_pooled, g_full)
-    if module is None or weight.dtype != d.x.dtype or not all(t is None or is_channels_last(t) for t in read):
+    if module is None or not all(t is None or is_channels_last(t) for t in read):
         return None
     before = [first for first, _ in tied.padding]
     other = None if a is None else _handed(a)
@@ -257,6 +249,44 @@ def grad_weight(
 
 def grad_weight_ref(*_: Any, **__: Any) -> None:
     """Plain PyTorch has no way around writing g."""
+
+
+def convolve_image(
+    image: Tensor, weight: Tensor, bias: Tensor | None, tied: Tied, act: str, args: tuple[Any, ...], window: Window
+) -> tuple[Tensor, Tensor | None] | None:
+    """c = W image + b and max_pool(act(c)) in one pass; without a window act(c) alone. None where not served."""
+    if not _of_few_channels(image, weight, tied) or numbered(act, args) is None or min(image.shape) == 0:
+        return None
+    if image.dtype == torch.bfloat16 or weight.shape[0] > 128:  # there a library is faster
+        return None
+    size = tied.output_size(tuple(image.shape[2:]), tuple(weight.shape[2:]))
+    if min(size) < 1 or (window is not None and any(k > n for k, n in zip(window, size, strict=True))):
+        return None
+    module = _module(image)
+    if module is None or weight.dtype != image.dtype or not weight.is_cpu or not is_channels_last(image):
+        return None
+    shape = (image.shape[0], weight.shape[0], *size)
+    c = torch.empty(shape, dtype=image.dtype, memory_format=torch.channels_last)
+    before = [first for first, _ in tied.padding]
+    lazy = _handed(Lazy(c, None, None, act, args))
+    pooled: Tensor | None = module.convolve_image(lazy, window, image, weight, bias, tied.stride, before, tied.dilation)
+    return c, pooled
+
+
+def convolve_image_ref(*_: Any, **__: Any) -> None:
+    """A library's convolution writes c before anything else reads it."""
+
+
+def _of_few_channels(image: Tensor, weight: Tensor, tied: Tied) -> bool:
+    """Whether a convolution is one of those where a library spends its time with moving numbers, and is served here."""
+    return (
+        tied.dims == 2
+        and tied.groups == 1
+        and tied.padding_mode == "zeros"
+        and 0 < weight[0].numel() <= MOST_WEIGHTS
+        and weight.shape[0] % 16 == 0
+        and weight.shape[0] <= MOST_CHANNELS
+    )
 
 
 class Family(NamedTuple):
@@ -272,6 +302,7 @@ class Family(NamedTuple):
     grad_reverse: Callable[..., Gradient]
     grad_forward: Callable[..., Gradient]
     grad_weight: Callable[..., tuple[Tensor, Tensor | None] | None]
+    convolve_image: Callable[..., tuple[Tensor, Tensor | None] | None]
 
 
 KERNELS = Family(
@@ -285,6 +316,7 @@ KERNELS = Family(
     grad_reverse,
     grad_forward,
     grad_weight,
+    convolve_image,
 )
 PLAIN = Family(
     channel_sum_ref,
@@ -297,6 +329,7 @@ PLAIN = Family(
     grad_reverse_ref,
     grad_forward_ref,
     grad_weight_ref,
+    convolve_image_ref,
 )
 
 

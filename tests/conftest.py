@@ -69,7 +69,8 @@ def replaced(monkeypatch):
     def replace(function):
         module = sys.modules["racecar_kernels.backends"]
         row = module.by_name("cpp")
-        changed = dataclasses.replace(row, kernels=row.kernels._replace(**{function.__name__: function}))
+        kernels = row.kernels()._replace(**{function.__name__: function})
+        changed = dataclasses.replace(row, kernels=lambda: kernels)
         monkeypatch.setattr(module, "TABLE", tuple(changed if r.name == "cpp" else r for r in module.TABLE))
 
     return replace

@@ -1,4 +1,4 @@
-"""The first layer's weight gradient in one pass: against float64, beside what a library makes of a gradient written."""
+"""The first layer in one pass, forward and weight gradient: against float64, and as exact as a library."""
 
 from __future__ import annotations
 
@@ -101,6 +101,31 @@ def test_against_float64(seed, dtype):
     assert (found[0].double() - expected).norm() <= bound * expected.norm() + torch.finfo(dtype).tiny
     assert found[0].dtype == dtype and found[0].stride() == case.weight.stride()
     assert (found[1] - total).norm() <= torch.finfo(total.dtype).eps * total.norm()  # from other blocks
+
+
+@pytest.mark.usefixtures("_level", "poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(24))
+def test_the_convolution_against_float64(seed, dtype):
+    case = drawn(seed, dtype)
+    bias = torch.randn(case.weight.shape[0], dtype=dtype) if seed % 3 else None
+    window = case.window if seed % 2 else None
+    act = case.d.act
+    if case.weight.shape[0] > 128:
+        assert pointwise.convolve_image(case.image, case.weight, bias, case.tied, act, (), window) is None
+        return
+    c, pooled = pointwise.convolve_image(case.image, case.weight, bias, case.tied, act, (), window)
+    wide = [None if t is None else t.double() for t in (case.image, case.weight, bias)]
+    padding = [p for p, _ in case.tied.padding]
+    expected = torch.nn.functional.conv2d(*wide, case.tied.stride, padding, case.tied.dilation)
+    bound = {torch.float32: 2e-6, torch.float64: 2e-14}[dtype]
+    if window is None:
+        assert pooled is None
+        expected = pointwise.materialise_ref(Lazy(expected, None, None, act))[0]
+    else:
+        assert torch.equal(pooled, pointwise.materialise(Lazy(c, None, None, act), window, full=False, pooled=True)[1])
+    assert (c.double() - expected).norm() <= bound * expected.norm()
+    assert c.dtype == dtype and c.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
