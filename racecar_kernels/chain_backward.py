@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import phi, pooling, reference, reverse, transposed, undo
+from . import few_channels, phi, pooling, reference, reverse, undo
 from .chain import Tied, keeps_result, received, reverse_all, reverse_stats_count
 from .layer import Layer
 from .lazy import Lazy, Window
 from .reverse import on_matrix, whole, wide_of
-from .weight_gradient import Pair, joined, product_pays, weight_gradient
+from .weight_gradient import Pair, joined, product_pays
 
 # Bytes of a part of the batch: it stays in a core's cache, and its memory is used again by the next one.
 PART = 1 << 22
@@ -215,7 +215,7 @@ class Backward:
         layer, weight, d = self.tied.chain.layers[m], self.tied.weights[m], self.value(m)
         g = self.through_operation(m, self.given(m), arriving, d, needs)
         del arriving
-        g = transposed.forward(g, weight, layer.tied, layer.input_shape(self.shape(m)))
+        g = few_channels.forward(self.kernels, g, weight, layer.tied, layer.input_shape(self.shape(m)))
         return self.in_front(layer, g, d, a, c2 if layer.compare else None)
 
     def first_backward(self, arriving: Arriving, needs: Needs) -> None:
@@ -260,7 +260,7 @@ class Backward:
             return False
         waiting, self.pending[0] = self.pending[0], None
         if waiting is not None:
-            self.weights[0] = weight_gradient(waiting, self.tied.weights[0], layer.tied)
+            self.weights[0] = few_channels.weight_gradient(self.kernels, waiting, self.tied.weights[0], layer.tied)
         self.weights[0], self.biases[0] = _plus(self.weights[0], found[0]), _plus(self.biases[0], found[1])
         return True
 
@@ -315,11 +315,11 @@ class Backward:
         weight, kind = self.tied.weights[m], self.tied.chain.layers[m].tied
         waiting, self.pending[m] = self.pending[m], None
         if waiting is not None and product_pays(pair, weight, kind):
-            self.weights[m] = weight_gradient(waiting, weight, kind)
+            self.weights[m] = few_channels.weight_gradient(self.kernels, waiting, weight, kind)
         elif waiting is not None:
             pair = joined(waiting, pair)
         del waiting
-        self.weights[m] = weight_gradient(pair, weight, kind, add_to=self.weights[m])
+        self.weights[m] = few_channels.weight_gradient(self.kernels, pair, weight, kind, add_to=self.weights[m])
 
     def bias_gradient(self, g: Tensor, layer: Layer) -> Tensor:
         return self.kernels.channel_sum(g) if on_matrix(layer, g) else reference.over_channels(g, layer)

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import phi, pooling, transposed, undo
+from . import few_channels, phi, pooling, transposed, undo
 from .contract import Params
 from .layer import Ints, Layer, Pool, Step
 from .lazy import Gradient, Lazy
 from .pointwise import Family
 from .reference import over_channels
-from .weight_gradient import Pair, joining_pays, weight_gradient
+from .weight_gradient import Pair, joining_pays
 
 
 class Reverse(NamedTuple):
@@ -107,7 +107,7 @@ def run(kernels: Family, r: Reverse, s: Tensor | None = None) -> tuple[phi.Readi
     """a as the kernels read it, and the tensor to keep; s is what `source` gives, if it is there already."""
     factor = factor_of(r)
     s = spread(source(kernels, r) if s is None else s, r, factor)
-    u = transposed.forward(s, r.weight, r.layer.tied, r.layer.input_shape(tuple(r.d.x.shape)), factor)
+    u = few_channels.forward(kernels, s, r.weight, r.layer.tied, r.layer.input_shape(tuple(r.d.x.shape)), factor)
     del s
     own = r.layer.latent
     reading = phi.read(kernels, u, own, r.params, done=False)
@@ -182,9 +182,9 @@ def backward(
     if needs_weight:  # first: a library reorders s for it, and the gradient of s need not be there yet
         pair = Pair(g_u, spread(source(kernels, r), r, factor))
         if factor is not None or not (hold and joining_pays(pair, r.weight, r.layer.tied)):
-            weight, pair = weight_gradient(pair, r.weight, r.layer.tied, factor), None
+            weight, pair = few_channels.weight_gradient(kernels, pair, r.weight, r.layer.tied, factor), None
     if needs_y or needs_bias:
-        g_s = transposed.source_gradient(g_u, r.weight, r.layer.tied, factor)
+        g_s = few_channels.source_gradient(kernels, g_u, r.weight, r.layer.tied, factor)
     if needs_bias and g_s is not None:
         sums = kernels.channel_sum(g_s) if on_matrix(r.layer, g_s) else over_channels(g_s, r.layer)
         bias = sums.neg_()

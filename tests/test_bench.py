@@ -258,7 +258,7 @@ def test_backends_are_forced_by_name():
     found = contestants.contestants(backends=["reference"], containing="ours, full, store")
     assert [c.name for c in found] == ["Std", "ours, full, store", "ours, full, store, reference"]
     assert gradients.check_gradients(NETWORKS["mlp"], found, narrow=True) == {}
-    with pytest.raises(ValueError, match="no backend is named abacus; there are cpp, reference"):
+    with pytest.raises(ValueError, match="no backend is named abacus; there are cpp, triton, reference"):
         contestants.contestants(backends=["abacus"])
 
 

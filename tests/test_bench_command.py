@@ -255,7 +255,7 @@ def test_the_committed_results_can_be_read():
         (["mlp", "--batch", "0"], "--batch is a whole number from 1, got 0"),
         (["mlp", "--threads", "0"], "--threads is a whole number from 1, got 0"),
         (["mlp", "--contestants", "nobody"], "no contestant's name contains 'nobody'; there are Std"),
-        (["mlp", "--backends", "abacus"], "no backend is named abacus; there are cpp, reference"),
+        (["mlp", "--backends", "abacus"], "no backend is named abacus; there are cpp, triton, reference"),
         (["mlp", "--resume"], "say which with --json FILE"),
         (["mlp", "--plot", "ratios.jpg"], "--plot writes .png or .svg, got ratios.jpg"),
         (["mlp", "--json", "."], "--json is a file to write, . is a folder"),

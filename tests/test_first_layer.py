@@ -30,7 +30,8 @@ def runs(replaced):
 
     def grad_weight(*given, **options):
         result = pointwise.grad_weight(*given, **options)
-        found.append(result is not None)
+        if "sums" in options:  # the chain's first layer; others with few channels ask for the weight alone
+            found.append(result is not None)
         return result
 
     replaced(grad_weight)
