@@ -71,15 +71,21 @@ def build(entry: shipped.Shipped, architecture: int) -> Compiled:
         stack + local,
         made.metadata.shared,
         len(re.findall(r"(?:ld|cp)\.\S*(?:v4|v8|\.16;|128)", ptx)),
-        any(name in ptx for name in MATRIX[architecture]),
+        any(name in ptx for name in meant(entry, architecture)),
     )
     if found.stack > MOST_SPILLED:
         found.trouble = f"spills {found.stack} bytes a thread, at most {MOST_SPILLED} are allowed"
     elif found.shared > SHARED[architecture]:
         found.trouble = f"needs {found.shared} bytes of shared memory, sm_{architecture} has {SHARED[architecture]}"
     elif entry.matrix and not found.matrix:
-        found.trouble = f"has no {' or '.join(MATRIX[architecture])}"
+        found.trouble = f"has no {' or '.join(meant(entry, architecture))}"
     return found
+
+
+def meant(entry: shipped.Shipped, architecture: int) -> tuple[str, ...]:
+    """The matrix instructions that a kernel is to have. wgmma takes 64 rows; smaller tiles do with an older one."""
+    rows = entry.constants.get("BLOCK_R", entry.constants.get("BLOCK_M", 64))
+    return MATRIX[architecture] if rows >= 64 else ("mma.sync", *MATRIX[architecture])
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:

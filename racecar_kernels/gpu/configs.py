@@ -61,3 +61,259 @@ def finishing(channels: int) -> dict[str, int]:
 
 def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+# ------------------------------------------------------------------------------------------- transposed convolution
+
+FEW = 16  # channels of a tap below which the reduction runs over taps and channels alike
+
+
+class Gemm(NamedTuple):
+    """Rows, columns and reduction of a tile, warps of a program, stages of its pipeline."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# By how operands are multiplied (half: bfloat16 and float16; tf32; ieee: float32 without the matrix units), and by
+# shape class (see `shape_class`). What is few or odd is read value by value, with an address each: smaller tiles.
+_IEEE = Gemm(64, 32, 16, 4, 2)
+_TRANSPOSED = {
+    "half": {
+        "few": Gemm(64, 32, 16, 4, 2),
+        "odd": Gemm(64, 32, 16, 4, 2),
+        "many": Gemm(128, 64, 32, 8, 3),
+        "point": Gemm(128, 64, 64, 8, 3),
+    },
+    "tf32": {
+        "few": Gemm(64, 32, 16, 4, 2),
+        "odd": Gemm(64, 32, 16, 4, 2),
+        "many": Gemm(128, 64, 32, 8, 2),
+        "point": Gemm(128, 64, 32, 8, 2),
+    },
+    "ieee": dict.fromkeys(("few", "odd", "many", "point"), _IEEE),
+}
+# tcgen05 keeps sums in a memory of its own, and the pipeline before it takes more registers
+_TRANSPOSED_100 = {**_TRANSPOSED, "half": {**_TRANSPOSED["half"], "point": Gemm(128, 64, 32, 8, 3)}}
+_WEIGHT = {
+    "half": {
+        "few": Gemm(64, 32, 32, 4, 2),
+        "odd": Gemm(64, 32, 32, 4, 2),
+        "many": Gemm(64, 64, 64, 4, 2),
+        "point": Gemm(64, 64, 64, 4, 2),
+    },
+    "tf32": {
+        "few": Gemm(64, 32, 32, 4, 2),
+        "odd": Gemm(64, 32, 32, 4, 2),
+        "many": Gemm(64, 64, 32, 4, 2),
+        "point": Gemm(64, 64, 32, 4, 2),
+    },
+    "ieee": dict.fromkeys(("few", "odd", "many", "point"), _IEEE._replace(m=32)),
+}
+GEMMS: dict[str, dict[str, dict[str, dict[str, Gemm]]]] = {
+    "transposed": {"sm_80": _TRANSPOSED, "sm_90": _TRANSPOSED, "sm_100": _TRANSPOSED_100},
+    "source": {"sm_80": _TRANSPOSED, "sm_90": _TRANSPOSED, "sm_100": _TRANSPOSED},
+    "weight": {"sm_80": _WEIGHT, "sm_90": _WEIGHT, "sm_100": _WEIGHT},
+}
+
+
+def shape_class(channels: int, others: int, taps: int) -> str:
+    """Of a tap's channels, and of those on the other side of the weight.
+
+    few: so few that the reduction (of the weight's gradient: the columns) is over taps and channels alike; odd: wide
+    loads do not divide them; point: one tap, a plain GEMM; else many. Up to 16 others are one narrow tile.
+    """
+    if channels < FEW:
+        return "few"
+    if channels % 16 or (others > 16 and others % 16):
+        return "odd"
+    return "point" if taps == 1 else "many"
+
+
+@lru_cache(maxsize=4096)
+def gemm(family: str, kind: str, channels: int, columns: int, taps: int, on: Device) -> Gemm:
+    """Tile of `transposed` or `source`: a reduction over taps of `channels`; no wider than what there is to do."""
+    own: Gemm = table_entry(GEMMS[family], on.architecture)[kind][shape_class(channels, columns, taps)]
+    reduced = channels * taps if channels < FEW else channels
+    return own._replace(n=_fit(columns, own.n), k=_fit(reduced, own.k))
+
+
+@lru_cache(maxsize=4096)
+def weight_gemm(kind: str, rows: int, channels: int, taps: int, on: Device) -> Gemm:
+    """Tile of the weight's gradient: C_out rows, taps of `channels` columns, a reduction over pixels."""
+    own: Gemm = table_entry(GEMMS["weight"], on.architecture)[kind][shape_class(channels, rows, taps)]
+    columns = channels * taps if channels < FEW else channels
+    return own._replace(m=_fit(rows, own.m), n=_fit(columns, own.n))
+
+
+def splits(tiles: int, blocks: int, numel: int, on: Device) -> int:
+    """Into how many parts `blocks` of pixels are split: four programs per multiprocessor, partial sums below 64 MiB."""
+    wanted = -(-4 * on.multiprocessors // tiles)
+    return max(1, min(wanted, blocks // 4, 2**24 // max(1, numel)))
+
+
+def summing(programs: int) -> dict[str, int]:
+    """Blocks of the kernel that adds up partial sums."""
+    return {"BLOCK_P": 32, "BLOCK_E": 32} if programs > 32 else {"BLOCK_P": 4, "BLOCK_E": 256}
+
+
+def _fit(size: int, most: int) -> int:
+    """A power of two for `size` values; matrix units take 16 at least."""
+    return max(16, min(most, _power_of_two(size)))
+
+
+# ------------------------------------------------------------------------------------------- tied linear
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of a block of a product, warps of a program, and loads in flight."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+Tiles = dict[str, dict[str, tuple[Tile, ...]]]
+GROUP = 8  # block rows that go together, so that a cache holds what they share
+MOST_SPLITS = 64
+
+# By kernel and arithmetic, the largest first; a smaller one is taken where the larger would leave multiprocessors idle.
+# product: y, a and the gradient of p; source: the gradient of y, whose left side is made on the way; weight: rows and
+# columns are output and input features, depth is rows; tied: columns is the largest number of output features.
+_LINEAR_SM_80: Tiles = {
+    "product": {
+        "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+        "tf32": (Tile(128, 128, 16, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+    },
+    "source": {
+        "half": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "tf32": (Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
+        "ieee": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+    },
+    "weight": {
+        "half": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "tf32": (Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 4, 3)),
+        "ieee": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+    },
+    "tied": {
+        "half": (Tile(64, 128, 32, 8, 2), Tile(32, 128, 32, 4, 3), Tile(16, 128, 32, 4, 3)),
+        "tf32": (Tile(64, 128, 16, 8, 3), Tile(32, 128, 16, 4, 3)),
+        "ieee": (Tile(32, 128, 16, 4, 2), Tile(16, 128, 16, 4, 1)),
+    },
+}
+_LINEAR_SM_90: Tiles = {
+    "product": {
+        "half": (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4)),
+        "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4)),
+        "ieee": _LINEAR_SM_80["product"]["ieee"],
+    },
+    "source": {
+        "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
+        "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": _LINEAR_SM_80["source"]["ieee"],
+    },
+    "weight": {
+        "half": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)),
+        "tf32": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+        "ieee": _LINEAR_SM_80["weight"]["ieee"],
+    },
+    "tied": {
+        "half": (Tile(64, 128, 32, 8, 3), Tile(32, 128, 32, 4, 3), Tile(16, 128, 32, 4, 3)),
+        "tf32": (Tile(64, 128, 16, 8, 3), Tile(32, 128, 16, 4, 3)),
+        "ieee": _LINEAR_SM_80["tied"]["ieee"],
+    },
+}
+# sm_120 is the consumers' chip: its shared memory is as small as that of sm_86 and sm_89, which read the row of sm_80.
+LINEAR = {"sm_80": _LINEAR_SM_80, "sm_90": _LINEAR_SM_90, "sm_100": _LINEAR_SM_90, "sm_120": _LINEAR_SM_80}
+# Where features are no multiple of 16, or rows not aligned to it, every value has its own mask and address: smaller
+# tiles, on all architectures.
+_RAGGED: Tiles = {
+    "product": {
+        "half": (Tile(64, 64, 32, 4, 3),),
+        "tf32": (Tile(64, 64, 16, 4, 3),),
+        "ieee": (Tile(32, 32, 16, 4, 2),),
+    },
+    "source": {"half": (Tile(64, 64, 16, 4, 3),), "tf32": (Tile(64, 64, 16, 4, 3),), "ieee": (Tile(32, 32, 16, 4, 2),)},
+    "weight": {"half": (Tile(64, 64, 32, 4, 3),), "tf32": (Tile(64, 64, 16, 4, 3),), "ieee": (Tile(32, 32, 16, 4, 2),)},
+    "tied": {
+        "half": (Tile(32, 128, 32, 8, 2), Tile(16, 128, 32, 4, 3)),
+        "tf32": (Tile(16, 128, 16, 4, 3),),
+        "ieee": (Tile(16, 128, 16, 4, 1),),
+    },
+}
+
+
+def linear_tiles(architecture: str, aligned: bool) -> Tiles:
+    """The tiles that an architecture is given, for aligned and for ragged features."""
+    tiles: Tiles = table_entry(LINEAR, architecture)
+    return tiles if aligned else _RAGGED
+
+
+@lru_cache(maxsize=4096)
+def linear(
+    kernel: str, math: str, rows: int, columns: int, depth: int, on: Device, aligned: bool
+) -> tuple[dict[str, int], tuple[int], dict[str, int]]:
+    """Blocks, grid and compiler options of a kernel that writes rows × columns and sums over depth."""
+    tile = _tile(kernel, math, rows, columns, depth, on, aligned)
+    blocks = {"BLOCK_R": tile.rows, "BLOCK_C": tile.columns, "BLOCK_K": tile.depth, "GROUP": GROUP}
+    return blocks, (_count(tile, rows, columns),), options(tile)
+
+
+@lru_cache(maxsize=4096)
+def linear_weight(
+    math: str, rows: int, inputs: int, outputs: int, on: Device, aligned: bool, splits: int | None
+) -> tuple[dict[str, int], tuple[int, int], int, dict[str, int]]:
+    """Blocks, grid, rows of a split and compiler options of the weight's gradient."""
+    tile = _tile("weight", math, outputs, inputs, rows, on, aligned)
+    tiles = _count(tile, outputs, inputs)
+    wanted = max(1, min(MOST_SPLITS, on.multiprocessors // tiles)) if splits is None else splits
+    each = -(-rows // (wanted * tile.depth)) * tile.depth
+    blocks = {"BLOCK_O": tile.rows, "BLOCK_I": tile.columns, "BLOCK_K": tile.depth, "GROUP": GROUP}
+    return blocks, (tiles, -(-rows // each)), each, options(tile)
+
+
+@lru_cache(maxsize=4096)
+def linear_tied(
+    math: str, rows: int, inputs: int, outputs: int, on: Device, aligned: bool
+) -> tuple[dict[str, int], tuple[int], dict[str, int]]:
+    """Blocks, grid and compiler options of forward and reverse in one kernel."""
+    tile = _tile("tied", math, rows, outputs, inputs, on, aligned)
+    blocks = {"BLOCK_R": tile.rows, "BLOCK_I": tile.depth, "BLOCK_O": tile.columns}
+    return blocks, (-(-rows // tile.rows),), options(tile)
+
+
+def linear_finishing(count: int) -> dict[str, int]:
+    """Blocks of the kernel that adds up `count` partial sums."""
+    across = min(_power_of_two(count), 16)
+    return {"BLOCK_P": across, "BLOCK_C": 1024 // across}
+
+
+def _tile(kernel: str, math: str, rows: int, columns: int, depth: int, on: Device, aligned: bool) -> Tile:
+    """The largest tile that gives every multiprocessor one, else the smallest; no larger than what there is to do."""
+    tiles = linear_tiles(on.architecture, aligned)[kernel][math]
+    tile = next((t for t in tiles if _count(t, rows, columns) >= on.multiprocessors), tiles[-1])
+    r, c, d = (max(16, min(most, _power_of_two(n))) for most, n in zip(tile[:3], (rows, columns, depth), strict=True))
+    return tile._replace(rows=r, columns=c, depth=d)
+
+
+def _count(tile: Tile, rows: int, columns: int) -> int:
+    return -(-rows // tile.rows) * -(-columns // tile.columns)
+
+
+def options(tile: Tile) -> dict[str, int]:
+    """Compiler options of a tile."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -37,7 +37,11 @@ _NORM = dict.fromkeys([who + n for who in ("", "d_", "a_") for n in ("scale", "s
 
 def everything(architecture: int) -> Iterator[Shipped]:
     """All entries for sm_<architecture>."""
+    from . import linear, transposed_shipped  # they take `Shipped` from here
+
     yield from of_pointwise(Device(f"sm_{architecture}", 132))
+    yield from transposed_shipped.shipped(f"sm_{architecture}")
+    yield from linear.shipped(f"sm_{architecture}")
 
 
 def of_pointwise(on: Device) -> Iterator[Shipped]:

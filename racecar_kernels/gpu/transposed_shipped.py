@@ -1,0 +1,77 @@
+"""What is compiled ahead of time to prove the fused transposed convolution without a GPU: every config, fully fused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from . import configs
+from . import transposed_kernels as kernels
+from .device import Device
+from .shipped import Shipped
+
+# Pointers to images and weights, and whatever is float32 always; the other arguments are integers.
+_IMAGES = {"y", "weight", "d", "out", "source", "g", "a", "p", "gp"}
+_WIDE = {"bias", "minus", "c2", "partials"} | {f"{t}_{v}" for t in "yapd" for v in ("scale", "shift")}
+_FLOATS = {f"{t}_p{i}" for t in "yapd" for i in range(3)}
+_BATCH = {"y_n", "u_n", "d_n", "g_n", "a_n", "p_n", "gp_n", "s_n", "o_split"}
+_STRIDES = _BATCH | {"C_OUT", "C_IN", "CG_OUT", "CG_IN", "w_o", "w_h", "w_w", "o_o", "o_h", "o_w"}
+_RELU = 1
+_KNOWN = {f"{t}_ACT": _RELU for t in "YAPD"} | {f"{t}_DONE": t == "A" for t in "YAPD"} | {"KEEP_U": False}
+_SHAPES = {"few": (3, 3), "odd": (100, 3), "many": (256, 3), "point": (256, 1)}  # channels of a tap, rows of the kernel
+
+
+def shipped(architecture: str = "sm_90") -> Iterator[Shipped]:
+    """Every config, in bfloat16, in float32 as TF32 and in float32 without the matrix units.
+
+    Prologues and epilogues are all there, since they are what registers run out on; a relu stands for the activations.
+    Tiles are whole; those of a u of one channel are narrow. Not among them: an elu of y, of a and of d at once, with a
+    ragged window of a pooling, which spills up to 336 bytes on sm_90 (Triton 3.7).
+    """
+    on = Device(architecture, 132)
+    for kind in ("half", "tf32", "ieee"):
+        for name, (channels, k) in _SHAPES.items():
+            sizes = {"KH": k, "KW": k, "SH": 1, "SW": 1, "FLAT": name == "few"}
+            others = 100 if name == "odd" else 256
+            for columns in (others, 1) if name == "many" else (others,):
+                own = configs.gemm("transposed", kind, channels, columns, k * k, on)
+                exact = channels % 16 == 0 and columns % 16 == 0
+                constants = {**sizes, **_window(1), "PHASES": False}
+                yield _entry(f"{name} {columns}", kernels.transposed_kernel, kind, own, constants, exact=exact)
+            own = configs.gemm("source", kind, channels, others, k * k, on)
+            exact = channels % 16 == 0
+            yield _entry(name, kernels.source_gradient_kernel, kind, own, sizes, exact=exact)
+            own = configs.weight_gemm(kind, others, channels, k * k, on)
+            both = {**sizes, "FORWARD": True, "REVERSE": True}
+            yield _entry(name, kernels.weight_gradient_kernel, kind, own, both, exact=exact)
+        own = configs.gemm("transposed", kind, 256, 64, 16, on)  # up-sampling folded, pooling undone in the epilogue
+        sizes = {"KH": 4, "KW": 4, "SH": 2, "SW": 2, "FLAT": False, "PHASES": True}
+        yield _entry("folded", kernels.transposed_kernel, kind, own, {**sizes, **_window(2)}, exact=True)
+    for programs in (4, 64):
+        constants = {"SIGN": 1, **configs.summing(programs)}
+        yield _entry(f"{programs} programs", kernels.sum_partials_kernel, "ieee", None, constants, exact=False)
+
+
+def _window(size: int) -> dict[str, int]:
+    return {"PH": size, "PW": size, "RAGGED_H": 0, "RAGGED_W": 0}
+
+
+def _entry(
+    name: str, kernel: Any, kind: str, own: configs.Gemm | None, constants: dict[str, Any], *, exact: bool
+) -> Shipped:
+    """exact: all channels are divisible by 16."""
+    given = {**_KNOWN, "PRECISION": "tf32" if kind == "tf32" else "ieee", **constants, **(own.blocks if own else {})}
+    given |= {"w_i": 1, "o_i": 1}  # channels of a channels_last weight: an argument that is 1 is a constant to Triton
+    known = {n: given[n] for n in kernel.arg_names if n in given}
+    signature = {n: _type_of(n, "bf16" if kind == "half" else "fp32") for n in kernel.arg_names if n not in known}
+    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (exact and n in _STRIDES))
+    options = own.options if own else {"num_warps": 4}
+    return Shipped(
+        f"{kind} {name}", kernel, signature, known, options, aligned, matrix=own is not None and kind != "ieee"
+    )
+
+
+def _type_of(name: str, dtype: str) -> str:
+    if name in _IMAGES:
+        return f"*{dtype}"
+    return "*fp32" if name in _WIDE else "fp32" if name in _FLOATS else "i64" if name in _BATCH else "i32"
