@@ -48,20 +48,21 @@ struct Grid {
   int64_t columns, tiles; // windows of a tile, tiles side by side
   int64_t per_block, blocks;
   int64_t rows, row; // most rows of a tile, most elements of its row
+  int64_t apart;     // elements from a tile's first to its last, were it cut out of an image as wide
   int64_t scratch;   // bytes that a kernel needs for itself
 };
 
-// What the convolution in front of c read, and how: channels innermost. The gradient of its weight is
+// What the convolution that gives d.x reads, and how: channels innermost. Its weight and the gradient of that are
 // [taps][channels][channels of c], a tap the row and the column in the kernel.
 struct Image {
-  const void *x; // null: there is none, and nothing is multiplied
+  const void *x; // padded, in the type that is computed in
   int64_t channels, height, width;
   int64_t rows, columns; // of c
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
-  int64_t patch;             // elements of a row of it that the longest row of a tile reads
-  int64_t weights;           // taps · channels · channels of c
-  double *gradients;         // per block: that many sums
-  const void *weight, *bias; // forward: [taps][channels][channels of c] and one value per channel, in Lazy's type
+  int64_t kernel[2], stride[2], dilation[2];
+  int64_t weights;   // taps · channels · channels of c
+  double *gradients; // per block: that many sums; null: not wanted
+  const void *weight,
+      *bias; // in Lazy's type, to compute d.x where it is read; null: d.x is in memory, there is no bias
 };
 
 struct Job {
@@ -72,7 +73,6 @@ struct Job {
   bool loss;          // whether c2 is given
   double c2;
   void *out, *out_pooled; // null where not wanted
-  void *c;                // what is computed from an image: d.x, to be written
   const void *k[4];       // values per channel
   double *partials;       // per block: two sums for every channel
   double *squares;        // per block: one number
@@ -83,7 +83,7 @@ using Kernel = void (*)(const Job &job, int64_t block, void *scratch);
 
 struct Kernels {
   Kernel sums;           // d.x, k[0] or null          -> partials: Σ (x - k0), Σ (x - k0)² (zeros without k0)
-  Kernel materialise;    // d, k[0] or null            -> out = d - k0, out_pooled; with image: d.x = W x + b, first
+  Kernel materialise;    // d, k[0] or null            -> out = d - k0, out_pooled
   Kernel sum_of_squares; // d, a, k[0] or null         -> squares: Σ (d - undo(a))²; out = a - k0 where wanted
   Kernel grad_reverse;   // d, a, g, c2                -> out; partials, where wanted: Σ g, Σ g·(x - mean); squares
   Kernel grad_forward;   // d, a, g, pooled, c2        -> out, or image.gradients; partials, where wanted, as above

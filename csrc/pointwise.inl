@@ -74,7 +74,7 @@ inline void sum_gradient(ChannelSums<S> &to, const Grid &g, int64_t outer, int64
     return;
   if (!of.affine)
     return to.add(g, outer, n, [=](int64_t i) { return Pair{Storage<S>::load(own[i]), 0}; });
-  const S *const x = of.x + first;
+  const S *const x = of.from(first);
   if (!of.centred)
     return to.add(g, outer, n, [=](int64_t i) {
       const T value = Storage<S>::load(own[i]);
@@ -116,11 +116,10 @@ template <class S> void materialise(const Job &job, int64_t block, void *scratch
   Arena arena{static_cast<char *>(scratch)};
   Values<S> d(job.d, g, arena);
   Spread<T> minus(job.k[0], g, arena);
-  T *const row = arena.take<T>(g.row), *const largest = arena.take<T>(g.row);
   Convolution<S> convolution(job, arena);
+  T *const row = arena.take<T>(g.row), *const largest = arena.take<T>(g.row);
   each_tile(g, block, [&](const Tile &t) {
-    for (int64_t r = 0; r < t.rows && convolution.wanted(); ++r)
-      convolution.write(static_cast<S *>(job.c), t.full + r * g.width * g.inner, t.columns * g.inner);
+    convolution.compute(g, t, d);
     if (!job.out && Simple<S>::serves(d, g, t))
       return pool_2x2(g, t, d, static_cast<S *>(job.out_pooled) + t.small);
     const int64_t n = t.columns * g.inner;
@@ -181,8 +180,10 @@ template <class S> void sum_of_squares(const Job &job, int64_t block, void *scra
   Values<S> d(job.d, g, arena), a(job.a, g, arena);
   Spread<T> minus(job.k[0], g, arena);
   T *const d_row = arena.take<T>(g.row), *const a_row = arena.take<T>(g.row), *const wide = arena.take<T>(g.row);
+  Convolution<S> convolution(job, arena);
   Squares<T> squares(g, arena);
   each_tile(g, block, [&](const Tile &t) {
+    convolution.compute(g, t, d);
     const int64_t n = t.columns * g.inner;
     const int64_t few = t.windows * g.inner;
     prefetch_behind(a.x + t.small, few);
@@ -194,7 +195,7 @@ template <class S> void sum_of_squares(const Job &job, int64_t block, void *scra
       const T *const undone = undo_row(g, t, small, wide);
       for (int64_t r = 0; r < t.rows; ++r) {
         const int64_t first = t.full + r * g.width * g.inner;
-        prefetch_behind(d.x + first, n);
+        prefetch_behind(d.from(first), n);
         const T *const values = d.row(g, t.outer, first, n, d_row);
         each(n, [=, to = squares.row](int64_t i) {
           const T off = values[i] - undone[i];
@@ -228,7 +229,7 @@ inline const T *window_residual(const Grid &g, const Tile &t, Values<S> &d, cons
   const T *const undone = undo_row(g, t, a, wide);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t first = t.full + r * g.width * g.inner;
-    prefetch_behind(d.x + first, n);
+    prefetch_behind(d.from(first), n);
     const T *const values = d.row(g, t.outer, first, n, d_row);
     if (r == 0)
       each(n, [=](int64_t i) { column[i] = undone[i] - values[i]; });
@@ -259,8 +260,10 @@ template <class S> void grad_reverse(const Job &job, int64_t block, void *scratc
   ChannelSums<S> total(job, block, arena);
   T *const d_row = arena.take<T>(g.row), *const a_row = arena.take<T>(g.row), *const wide = arena.take<T>(g.row),
            *const column = arena.take<T>(g.row), *const window = arena.take<T>(g.row);
+  Convolution<S> convolution(job, arena);
   Squares<T> squares(g, arena);
   each_tile(g, block, [&](const Tile &t) {
+    convolution.compute(g, t, d);
     const int64_t n = t.windows * g.inner;
     prefetch_behind(a.x + t.small, n);
     const T *const values = a.row(g, t.outer, t.small, n, a_row);
@@ -286,6 +289,7 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
   Arena arena{static_cast<char *>(scratch)};
   Values<S> d(job.d, g, arena), a(job.a, g, arena);
   ChannelSums<S> total(job, block, arena);
+  Convolution<S> convolution(job, arena);
   WeightSums<S> weight(job, block, arena);
   const int64_t below = g.width * g.inner, next = weight.wanted() ? g.row : below; // from one row to the next: x, out
   T *const a_row = arena.take<T>(g.row), *const wide = arena.take<T>(g.row), *const largest = arena.take<T>(g.row),
@@ -293,6 +297,7 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
            *const rows = arena.take<T>(g.rows * g.row);
   const T **const values = arena.take<const T *>(g.rows);
   each_tile(g, block, [&](const Tile &t) {
+    convolution.compute(g, t, d);
     const int64_t n = t.columns * g.inner, few = t.windows * g.inner;
     S *const out = weight.wanted() ? weight.rows : static_cast<S *>(job.out) + t.full;
     if (job.pooled && Simple<S>::serves(d, g, t)) {
@@ -306,7 +311,7 @@ template <class S> void grad_forward(const Job &job, int64_t block, void *scratc
     }
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t first = t.full + r * below;
-      prefetch_behind(d.x + first, n);
+      prefetch_behind(d.from(first), n);
       values[r] = d.row(g, t.outer, first, n, rows + r * g.row);
       if (job.pooled && r < g.kh)
         find_row(g, t, r, values[r], largest, place);

@@ -21,7 +21,7 @@ template <class S> struct Simple {
   Params<T> p;
 
   Simple(Values<S> &d, const Grid &g, const Tile &t)
-      : x(d.x + t.full), by(d.affine ? d.scale.at(g, t.outer) : nullptr),
+      : x(d.from(t.full)), by(d.affine ? d.scale.at(g, t.outer) : nullptr),
         plus(d.affine ? d.shift.at(g, t.outer) : nullptr), p(d.p) {}
 
   static bool serves(const Values<S> &d, const Grid &g, const Tile &t) {

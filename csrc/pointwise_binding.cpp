@@ -113,14 +113,14 @@ std::tuple<MaybeTensor, MaybeTensor> materialise(const LazyTensor &lazy, const W
                                                  const MaybeTensor &out, const MaybeTensor &minus) {
   const Tensor &x = tensor_of(lazy);
   Call call(x, window, {pointer(out)});
-  call.job.d = call.lazy(lazy);
+  call.job.d = call.lazy(lazy, true);
   if (minus)
     call.job.k[0] = call.per_channel(*minus, "minus");
   MaybeTensor whole = out, small;
   if (out)
     call.at_full(*out, "out");
   else if (full)
-    whole = at::empty_like(x);
+    whole = call.empty_full();
   if (whole)
     call.job.out = writable(*whole);
   if (pooled) {
@@ -131,33 +131,11 @@ std::tuple<MaybeTensor, MaybeTensor> materialise(const LazyTensor &lazy, const W
   return {whole, small};
 }
 
-// c = W image + b into `lazy`'s empty tensor, and its largest values; without a window the activation is written over
-// c.
-MaybeTensor convolve_image(const LazyTensor &lazy, const Window &window, const Tensor &image, const Tensor &weight,
-                           const MaybeTensor &bias, const Geometry &stride, const Geometry &padding,
-                           const Geometry &dilation) {
-  const Tensor &c = tensor_of(lazy);
-  Call call(c, window, {});
-  call.job.d = call.lazy(lazy);
-  call.job.c = writable(c);
-  call.convolve(image, weight, stride, padding, dilation);
-  call.multiply(bias);
-  MaybeTensor small;
-  if (window) {
-    small = call.empty_pooled();
-    call.job.out_pooled = writable(*small);
-  } else {
-    call.job.out = call.job.c;
-  }
-  call.run(call.kernels().materialise);
-  return small;
-}
-
 std::tuple<Tensor, MaybeTensor> compare(const LazyTensor &d, const LazyTensor &a, const Window &window, bool source,
                                         const MaybeTensor &minus) {
   Call call(tensor_of(d), window, {&tensor_of(a)});
   call.at_pooled(tensor_of(a), "a");
-  call.job.d = call.lazy(d);
+  call.job.d = call.lazy(d, true);
   call.job.a = call.lazy(a);
   if (minus)
     call.job.k[0] = call.per_channel(*minus, "minus");
@@ -175,12 +153,11 @@ std::tuple<Tensor, MaybeTensor> compare(const LazyTensor &d, const LazyTensor &a
 using Gradient = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 // Runs one of the two gradient kernels over a job that is complete but for its result and its sums.
-Gradient gradient(Call &call, Kernel kernel, const Tensor &like, bool affine, bool sums, const MaybeTensor &g,
-                  bool in_place) {
+Gradient gradient(Call &call, Kernel kernel, bool affine, bool sums, const MaybeTensor &g, const MaybeTensor &into) {
   sums = sums || affine;
-  TORCH_CHECK(g || !in_place, "in_place writes over the gradient that comes in, but there is none");
+  TORCH_CHECK(into, "in_place writes over the gradient that comes in, but there is none");
+  const Tensor &out = *into;
   call.job.g = g ? g->const_data_ptr() : nullptr;
-  Tensor out = in_place ? *g : at::empty_like(like);
   call.job.out = writable(out);
   if (sums)
     call.sum_channels();
@@ -202,13 +179,14 @@ Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &wi
   call.at_pooled(tensor_of(a), "a");
   if (g_in)
     call.at_pooled(*g_in, "g_in");
-  call.job.d = call.lazy(d);
+  call.job.d = call.lazy(d, true);
   call.job.a = call.lazy(a);
   call.job.loss = c2.has_value();
   call.job.c2 = c2.value_or(0);
   if (loss)
     call.sum_squares();
-  return gradient(call, call.kernels().grad_reverse, tensor_of(a), std::get<2>(a).has_value(), sums, g_in, in_place);
+  return gradient(call, call.kernels().grad_reverse, std::get<2>(a).has_value(), sums, g_in,
+                  in_place ? g_in : MaybeTensor(at::empty_like(tensor_of(a))));
 }
 
 // Checks what comes into the forward's gradient, and puts it into the job.
@@ -221,7 +199,7 @@ void take_incoming(Call &call, const LazyTensor &d, const std::optional<LazyTens
     call.at_pooled(*g_pooled, "g_pooled");
   if (g_full)
     call.at_full(*g_full, "g_full");
-  call.job.d = call.lazy(d);
+  call.job.d = call.lazy(d, true);
   if (a)
     call.job.a = call.lazy(*a);
   call.job.loss = c2.has_value();
@@ -234,7 +212,8 @@ Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, c
                       bool sums) {
   Call call(tensor_of(d), window, {a ? &tensor_of(*a) : nullptr, pointer(g_pooled), pointer(g_full)});
   take_incoming(call, d, a, c2, g_pooled, g_full);
-  return gradient(call, call.kernels().grad_forward, tensor_of(d), std::get<2>(d).has_value(), sums, g_full, in_place);
+  return gradient(call, call.kernels().grad_forward, std::get<2>(d).has_value(), sums, g_full,
+                  in_place ? g_full : MaybeTensor(call.empty_full()));
 }
 
 // The gradient of the weight whose convolution of `image` gave d.x, and of its bias where that is wanted.
@@ -310,7 +289,6 @@ void bind_pointwise(pybind11::module_ &module) {
   module.def("grad_reverse", &grad_reverse, no_gil);
   module.def("grad_forward", &grad_forward, no_gil);
   module.def("grad_weight", &grad_weight, no_gil);
-  module.def("convolve_image", &convolve_image, no_gil);
   module.def("norm_input_grad_", &norm_input_grad_, no_gil);
   module.def("batch_norm", &batch_norm, no_gil);
   module.def("batch_norm_backward_", &batch_norm_backward_, no_gil);

@@ -21,8 +21,12 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Geometry = std::array<int64_t, 2>; // of rows and of columns
 using Window = std::optional<Geometry>;
-// x, scale, shift, mean, the number of the activation, whether it is done, and its parameters.
-using LazyTensor = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor, int64_t, bool, std::array<double, 3>>;
+// Image, weight, bias, stride, padding and dilation of a convolution.
+using ConvolvedTensor = std::tuple<Tensor, Tensor, MaybeTensor, Geometry, Geometry, Geometry>;
+// x, scale, shift, mean, the number of the activation, whether it is done, and its parameters. With a convolution that
+// gives x, x is on the device `meta` and has a shape alone.
+using LazyTensor = std::tuple<Tensor, MaybeTensor, MaybeTensor, MaybeTensor, int64_t, bool, std::array<double, 3>,
+                              std::optional<ConvolvedTensor>>;
 
 constexpr int64_t kRow = 512;        // elements of a tile's row, about: a few such rows fit the first-level cache
 constexpr int64_t kBlock = 1 << 16;  // elements of a block, about
@@ -75,6 +79,7 @@ inline Grid make_grid(const Tensor &x, bool last, const Window &window) {
   g.blocks = (g.outer * g.h * g.tiles + g.per_block - 1) / g.per_block;
   g.rows = std::min(2 * g.kh - 1, g.height);
   g.row = std::min(g.columns * g.kw + g.kw - 1, g.width) * g.inner;
+  g.apart = (g.rows - 1) * g.width * g.inner + g.row;
   g.scratch = (g.rows + 20) * (g.row * 8 + 64) + g.rows * 8 + 64;
   return g;
 }
@@ -98,15 +103,16 @@ public:
   Job job{};
 
   Call(const Tensor &full, const Window &window, std::initializer_list<const Tensor *> others) : full_(full) {
-    TORCH_CHECK(full.device().is_cpu(), "the CPU kernels need tensors on the CPU, got one on ", full.device());
+    TORCH_CHECK(full.device().is_cpu() || full.is_meta(), "the CPU kernels need tensors on the CPU, got one on ",
+                full.device());
     TORCH_CHECK(full.dim() >= 2, "a tensor (N, C, ...) is needed, got one with ", full.dim(), " dimension(s)");
     bool contiguous = is_contiguous(full), last = is_channels_last(full);
     for (const Tensor *other : others) {
       if (!other)
         continue;
       TORCH_CHECK(other->dim() == full.dim(), "tensors of ", full.dim(), " and of ", other->dim(), " dimensions");
-      TORCH_CHECK(other->scalar_type() == full.scalar_type() && other->device() == full.device(),
-                  "all tensors need the same type and device, got ", full.scalar_type(), " on ", full.device(), " and ",
+      TORCH_CHECK(other->scalar_type() == full.scalar_type() && other->device().is_cpu(),
+                  "all tensors need the same type and device, got ", full.scalar_type(), " on the CPU and ",
                   other->scalar_type(), " on ", other->device());
       contiguous = contiguous && is_contiguous(*other), last = last && is_channels_last(*other);
     }
@@ -126,26 +132,37 @@ public:
   void at_full(const Tensor &x, const char *name) const { fits(x, full_.sizes(), name); }
   void at_pooled(const Tensor &x, const char *name) const { fits(x, pooled_sizes_, name); }
 
+  // The format of what has a shape alone is known; asking for one like it would run Python.
+  Tensor empty_full() const {
+    return full_.is_meta() ? at::empty(full_.sizes(), full_.options().device(at::kCPU), at::MemoryFormat::ChannelsLast)
+                           : at::empty_like(full_);
+  }
+
   Tensor empty_pooled() const {
-    const bool format = last_ && full_.dim() == 4;
-    return at::empty(pooled_sizes_, full_.options().memory_format(format ? at::MemoryFormat::ChannelsLast
-                                                                         : at::MemoryFormat::Contiguous));
+    const auto format = last_ && full_.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    return at::empty(pooled_sizes_, full_.options().device(at::kCPU).memory_format(format));
   }
 
   // Values per channel, kept alive as long as this call.
   const void *per_channel(const Tensor &values, const char *name) {
     TORCH_CHECK(values.dim() == 1 && values.size(0) == full_.size(1), name, " needs ", full_.size(1),
                 " values, one per channel, got ", values.sizes());
-    kept_.push_back(values.to(full_.device(), wide()).contiguous());
+    kept_.push_back(values.to(at::kCPU, wide()).contiguous());
     return kept_.back().const_data_ptr();
   }
 
-  Lazy lazy(const LazyTensor &tensor) {
-    const auto &[x, scale, shift, mean, act, done, p] = tensor;
+  // What is read; of d alone also by its convolution.
+  Lazy lazy(const LazyTensor &tensor, bool is_d = false) {
+    const auto &[x, scale, shift, mean, act, done, p, convolved] = tensor;
+    TORCH_CHECK(x.device().is_cpu() || convolved, "a tensor without data, and no convolution that gives it");
+    if (convolved) {
+      TORCH_CHECK(is_d && x.is_same(full_), "what is computed of an image is d, which the rest is compared with");
+      multiply(*convolved);
+    }
     TORCH_CHECK(act >= 0 && act < kActs, "there is no activation number ", act);
     TORCH_CHECK(shift || !scale, "a scale needs a shift");
     TORCH_CHECK(!(shift && done), "what is done has no affine left");
-    return {x.const_data_ptr(),
+    return {convolved ? nullptr : x.const_data_ptr(),
             scale ? per_channel(*scale, "scale") : nullptr,
             shift ? per_channel(*shift, "shift") : nullptr,
             mean ? per_channel(*mean, "mean") : nullptr,
@@ -188,16 +205,23 @@ public:
       TORCH_CHECK(stride[d] >= 1 && dilation[d] >= 1 && padding[d] >= 0 && weight.size(2 + d) >= 1,
                   "strides, dilations and kernels are at least 1, paddings at least 0");
     Image &i = job.image;
-    i.x = image.const_data_ptr();
-    i.channels = image.size(1), i.height = image.size(2), i.width = image.size(3);
+    std::array<int64_t, 2> size{};
+    for (int d = 0; d < 2; ++d) {
+      i.kernel[d] = weight.size(2 + d), i.stride[d] = stride[d], i.dilation[d] = dilation[d];
+      const int64_t read = (full_.size(2 + d) - 1) * stride[d] + (weight.size(2 + d) - 1) * dilation[d] + 1;
+      size[d] = std::max(image.size(2 + d) + padding[d], read);
+    }
+    i.channels = image.size(1), i.height = size[0], i.width = size[1];
     i.rows = full_.size(2), i.columns = full_.size(3);
-    for (int d = 0; d < 2; ++d)
-      i.kernel[d] = weight.size(2 + d), i.stride[d] = stride[d], i.padding[d] = padding[d], i.dilation[d] = dilation[d];
-    const int64_t longest = std::min(job.grid.row / job.grid.inner, i.columns);
-    i.patch = ((longest - 1) * i.stride[1] + (i.kernel[1] - 1) * i.dilation[1] + 1) * i.channels;
+    image_ = image.permute({0, 2, 3, 1});
+    if (size[0] > image.size(2) || size[1] > image.size(3) || image.scalar_type() != wide()) {
+      const Tensor padded = at::zeros({image.size(0), size[0], size[1], image.size(1)}, wide());
+      padded.narrow(1, padding[0], image.size(2)).narrow(2, padding[1], image.size(3)).copy_(image_);
+      image_ = padded;
+    }
+    i.x = image_.const_data_ptr();
     i.weights = weight.numel();
     weight_ = weight;
-    job.grid.scratch += (job.grid.row + i.weights + i.kernel[0] * i.patch) * 8 + 256;
   }
 
   // Instead of the result: the gradient of the convolution's weight, in whose shape and layout it comes.
@@ -209,15 +233,7 @@ public:
     }
     weights_ = at::empty({job.grid.blocks, i.kernel[0], i.kernel[1], i.channels, full_.size(1)}, at::kDouble);
     i.gradients = weights_.mutable_data_ptr<double>();
-    job.grid.scratch += (job.grid.rows * job.grid.row + i.weights) * 8 + 128;
-  }
-
-  // The convolution's weight and bias as the kernels read them.
-  void multiply(const MaybeTensor &bias) {
-    weights_ = weight_.permute({2, 3, 1, 0}).to(wide()).contiguous();
-    job.image.weight = weights_.const_data_ptr();
-    if (bias)
-      job.image.bias = per_channel(*bias, "bias");
+    job.grid.scratch += ((job.grid.rows + 1) * job.grid.row + 2 * i.weights) * 8 + 320;
   }
 
   // Its sum over all blocks, in double.
@@ -247,11 +263,23 @@ public:
   }
 
 private:
+  // The convolution, with its weight and bias as the kernels read them.
+  void multiply(const ConvolvedTensor &convolved) {
+    const auto &[image, weight, bias, stride, padding, dilation] = convolved;
+    convolve(image, weight, stride, padding, dilation);
+    kept_.push_back(weight.permute({2, 3, 1, 0}).to(wide()).contiguous());
+    Image &i = job.image;
+    i.weight = kept_.back().const_data_ptr();
+    if (bias)
+      i.bias = per_channel(*bias, "bias");
+    job.grid.scratch += (job.grid.apart + job.grid.row + i.weights) * 8 + 256;
+  }
+
   void fits(const Tensor &x, at::IntArrayRef sizes, const char *name) const {
     TORCH_CHECK(x.sizes() == sizes, name, " needs the shape ", sizes, ", got ", x.sizes());
   }
 
-  Tensor full_, partials_, weight_, weights_;
+  Tensor full_, image_, partials_, weight_, weights_;
   std::unique_ptr<double[]> squares_;
   bool last_ = false;
   const Kernels *kernels_ = nullptr;

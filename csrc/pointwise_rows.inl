@@ -128,6 +128,7 @@ RACECAR_INLINE float *target(bf16 *, float *row) { return row; }
 template <class S> struct Values {
   using T = typename Storage<S>::T;
   const S *x;
+  int64_t begin = 0; // the element that x points to
   bool affine, done, centred;
   Act act;
   Params<T> p;
@@ -138,10 +139,12 @@ template <class S> struct Values {
         centred(lazy.mean != nullptr), act(lazy.act), p(rounded<S>(lazy.act, lazy.p)), scale(lazy.scale, g, arena),
         shift(lazy.shift, g, arena), mean(lazy.mean, g, arena) {}
 
+  const S *from(int64_t first) const { return x + (first - begin); }
+
   // n elements from `first` on: in `into`, or where they are if there is nothing to compute.
   const T *row(const Grid &g, int64_t outer, int64_t first, int64_t n, T *into) {
     using Store = Storage<S>;
-    const S *const from = x + first;
+    const S *const from = this->from(first);
     if (done || (!affine && act == Act::identity))
       return load(from, n, into);
     const T *const by = affine ? scale.at(g, outer) : nullptr, *const plus = affine ? shift.at(g, outer) : nullptr;

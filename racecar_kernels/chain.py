@@ -12,6 +12,7 @@ computed where they are read (`Lazy`, `phi.py`). One reverse layer is in `revers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,12 @@ from . import phi, pooling, reverse, transposed
 from .backends import Query, choose
 from .contract import Params
 from .layer import Chain, Latent, Layer, Step
-from .lazy import Lazy
+from .lazy import Lazy, Window
 from .pointwise import Family
 from .reverse import Reverse, made, whole, wide_of
+
+# Weights of an output channel up to which computing c again takes no more time than reading it.
+MOST_AGAIN = 12
 
 MaybeTensors = Sequence["Tensor | None"]
 
@@ -82,28 +86,30 @@ def forward(tied: Tied, *, store: bool, reverse: bool = True) -> Ran:
     chain, kernels = tied.chain, tied.kernels()
     n = len(chain.layers)
     inputs, kept, stats = [Lazy(tied.x)], [], []
-    c, pooled = first_layer(tied, kernels)
+    first, pooled = first_layer(tied, kernels), None
     for m, layer in enumerate(chain.layers):
-        done = c is not None and pooled is None  # φ is in it
-        if c is None:
+        own, params = tied.latent(m)
+        if m == 0 and first is not None:
+            c, d, pooled = begin(kernels, first, store=store)
+        else:
             p, pooled = received(kernels, inputs[-1], layer.pre) if pooled is None else pooled, None
             c = convolve(p, tied.weights[m], tied.biases[m], layer)
             del p
-        own, params = tied.latent(m)
-        reading = phi.read(kernels, c, own, params, done=done)
-        stats += phi.stats_of(reading, own)
-        d = reading.lazy
-        if keeps_result(chain, m):
-            c = made(kernels.materialise(d, in_place=True)[0])
-            if own and m == n - 1 and c.is_contiguous():  # strides where a size of 1 leaves them open: as PyTorch does
-                c = c.as_strided(c.shape, torch.empty(c.shape, device="meta").stride())
-            d = d._replace(x=c, done=True)
-        elif m == n - 1:
+            reading = phi.read(kernels, c, own, params, done=False)
+            stats += phi.stats_of(reading, own)
+            d = reading.lazy
+            if keeps_result(chain, m):
+                c = made(kernels.materialise(d, in_place=True)[0])
+                d = d._replace(x=c, done=True)
+            del reading
+        if keeps_result(chain, m) and own and m == n - 1 and c.is_contiguous():
+            c = c.as_strided(c.shape, torch.empty(c.shape, device="meta").stride())  # as PyTorch, where a size is 1
+            d = d._replace(x=c)
+        elif m == n - 1 and not keeps_result(chain, m):
             d = Lazy(whole(kernels, d))
         kept.append(c)
         inputs.append(d)
-        c = None
-        del reading
+        del c
     losses = tied.x.new_zeros(n, dtype=wide_of(tied.x))
     back: list[Tensor] = []
     if reverse:
@@ -111,19 +117,45 @@ def forward(tied: Tied, *, store: bool, reverse: bool = True) -> Ran:
     return Ran(inputs[-1].x, losses, stats, kept, back)
 
 
-def first_layer(tied: Tied, kernels: Family) -> tuple[Tensor | None, Tensor | None]:
-    """Layer 1 where a kernel serves it whole: d_2, or c and d_2 pooled as layer 2 receives it. Else (None, None)."""
-    layer, known = tied.chain.layers[0], phi.parts(tied.latent(0)[0])
-    if layer.pre or layer.tied.dims != 2 or known is None or known.norm is not None:
-        return None, None
+class First(NamedTuple):
+    """Layer 1, where a kernel computes what it gives of a narrow x.
+
+    Attributes:
+        d: d_2, computed wherever it is read.
+        window: of the pooling in front of layer 2; None: d_2 is written, and kept.
+        again: whether d_2 is never written, but computed again by whoever reads it.
+    """
+
+    d: Lazy
+    window: Window
+    again: bool
+
+
+def first_layer(tied: Tied, kernels: Family) -> First | None:
+    """A matter of shapes, types and strides alone: the backward and a trace find it as the forward does."""
+    layers, known = tied.chain.layers, phi.parts(tied.latent(0)[0])
+    if layers[0].pre or layers[0].tied.dims != 2 or known is None or known.norm is not None:
+        return None
+    window = None
+    if not keeps_result(tied.chain, 0):
+        window = pooling.window_of(layers[1].pre)[1] if len(layers) > 1 else None
+        if window is None:
+            return None
     act, args = ("identity", ()) if known.act is None else (known.act.name, known.act.args)
-    written, window = keeps_result(tied.chain, 0), None
-    if not written:
-        known_window, window = pooling.window_of(tied.chain.layers[1].pre if len(tied.chain.layers) > 1 else ())
-        if not known_window or window is None:
-            return None, None
-    found = kernels.convolve_image(tied.x, tied.weights[0], tied.biases[0], layer.tied, act, args, window)
-    return (None, None) if found is None else found
+    d = kernels.convolved(tied.x, tied.weights[0], tied.biases[0], layers[0].tied, act, args)
+    if d is None or (window is not None and any(k > n for k, n in zip(window, d.x.shape[2:], strict=True))):
+        return None
+    return First(d, window, window is not None and prod(tied.weights[0].shape[1:]) <= MOST_AGAIN)
+
+
+def begin(kernels: Family, first: First, *, store: bool) -> tuple[Tensor, Lazy, Tensor | None]:
+    """What is kept of layer 1, d_2 as it is read, and pooled for layer 2."""
+    if first.again:
+        pooled = made(kernels.materialise(first.d, first.window, full=False, pooled=True)[1])
+        return pooled if store else pooled.new_empty(0), first.d, pooled
+    found, pooled_too = kernels.materialise(first.d, first.window, pooled=first.window is not None)
+    d = made(found)
+    return d, first.d._replace(x=d, done=True, convolved=None), pooled_too
 
 
 def received(kernels: Family, d: Lazy, steps: tuple[Step, ...]) -> Tensor:

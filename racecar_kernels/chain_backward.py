@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import few_channels, phi, pooling, reference, reverse, undo
-from .chain import Tied, keeps_result, received, reverse_all, reverse_stats_count
+from .chain import Tied, first_layer, keeps_result, received, reverse_all, reverse_stats_count
 from .layer import Layer
 from .lazy import Lazy, Window
 from .reverse import on_matrix, whole, wide_of
@@ -63,6 +63,8 @@ class Backward:
     def __init__(self, tied: Tied, out: Tensor, stats: Sequence[Tensor], kept: list[Tensor], back: list[Tensor]):
         self.tied, self.out, self.kept = tied, out, kept
         self.kernels = tied.kernels()
+        self.first = first_layer(tied, self.kernels)
+        self.again = self.first.d if self.first is not None and self.first.again else None
         self.layers = range(len(tied.chain.layers))
         self.stats = _cut(stats, [phi.measured(tied.latent(m)[0]) for m in self.layers])
         self.set_reverse(back)
@@ -125,17 +127,28 @@ class Backward:
         """What layer m gave, as φ makes it of what was kept."""
         if m in self.readings:
             return self.readings[m]
+        if m == 0 and self.again is not None:
+            return phi.Reading(self.again)
         own, params = self.tied.latent(m)
         known = phi.parts(own) is not None
         stats = self.stats[m] if known else ()
-        reading = phi.read(self.kernels, self.kept[m], own, params, stats, done=keeps_result(self.tied.chain, m))
+        done = keeps_result(self.tied.chain, m) or (m == 0 and self.first is not None)
+        reading = phi.read(self.kernels, self.kept[m], own, params, stats, done=done)
         if known:  # another one holds a tensor of its own
             self.readings[m] = reading
         return reading
 
     def shape(self, m: int) -> tuple[int, ...]:
         """Shape of what layer m received."""
+        if m == 1 and self.again is not None:
+            return tuple(self.again.x.shape)
         return tuple((self.kept[m - 1] if m else self.tied.x).shape)
+
+    def received(self, m: int, d: Lazy) -> Tensor:
+        """What the operation of layer m received, from what the layer did."""
+        if m == 1 and self.again is not None and self.kept[0].numel():
+            return self.kept[0]
+        return received(self.kernels, d, self.tied.chain.layers[m].pre)
 
     def reading(self, m: int) -> phi.Reading:
         """What the reverse of layer m gave."""
@@ -220,7 +233,8 @@ class Backward:
 
     def first_backward(self, arriving: Arriving, needs: Needs) -> None:
         """The same for layer 1 where x needs no gradient: in one pass or part by part, where there is no norm."""
-        reading, c, x = self.given(0), self.kept[0], Lazy(self.tied.x)
+        reading, x = self.given(0), Lazy(self.tied.x)
+        c = reading.lazy.x
         if (
             reading.norm is None
             and reading.entries is None
@@ -287,7 +301,7 @@ class Backward:
             own_sum = total if sums and total is not None else self.bias_gradient(g, layer)
             self.biases[m] = _plus(self.biases[m], own_sum)
         if needs.weights[m]:
-            self.add_weight(m, Pair(received(self.kernels, d, layer.pre), g))
+            self.add_weight(m, Pair(self.received(m, d), g))
         return g
 
     def in_front(self, layer: Layer, g: Tensor, received: Lazy, a: Lazy | None, c2: Tensor | None) -> Arriving:

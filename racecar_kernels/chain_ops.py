@@ -47,7 +47,7 @@ def _forward(
     with torch._C._DisableAutocast():
         ran = mathematics.forward(tied, store=memory == "store", reverse=memory != "deferred")
     dense = _layouts(tied)
-    kept = [t.contiguous(memory_format=like) for t, like in zip(ran.forward, dense, strict=True)]
+    kept = [_laid_out(t, like) for t, like in zip(ran.forward, dense, strict=True)]
     out = ran.out.contiguous(memory_format=dense[-1])
     if mathematics.keeps_result(tied.chain, len(weights) - 1):
         kept[-1] = out.new_empty(0)
@@ -64,7 +64,8 @@ def _backward(grad_out: Tensor | None, grad_losses: Tensor | None, *call: Any) -
     if linear_chain.why_not(parse_chain(text), x, weights) is None:
         return linear_chain.backward(text, grad_out, grad_losses, x, weights, biases, out, (kept, back), needs)
     tied = mathematics.Tied(parse_chain(text), x, weights, biases, params)
-    kept[:] = [out if k.numel() == 0 else k for k in kept]
+    if kept[-1].numel() == 0:
+        kept[-1] = out
     n = len(weights)
     wanted = chain_backward.Needs(needs[0], needs[1 : 1 + n], needs[1 + n : 1 + 2 * n])
     with torch._C._DisableAutocast():
@@ -201,6 +202,11 @@ def _fake_forward(
     out = torch.empty_like(kept[-1])
     if mathematics.keeps_result(tied.chain, len(weights) - 1):
         kept[-1] = x.new_empty(0)
+    first = mathematics.first_layer(tied, tied.kernels())
+    if first is not None and first.again:
+        pooled = tied.chain.layers[1].input_shape(tuple(first.d.x.shape))
+        kept[0] = x.new_empty(pooled if memory == "store" else 0)
+        kept[0] = _laid_out(kept[0], _layouts(tied)[0])
     losses = x.new_empty(len(weights), dtype=loss_dtype(x))
     if linear_chain.why_not(tied.chain, x, weights) is None:
         kept, back = linear_chain.fake_kept(tied.chain, x, weights, memory)

@@ -12,12 +12,13 @@ convolution of the narrow image, or its weight's gradient:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from torch import Tensor
 
 from . import transposed
 from .layer import Ints, Tied
-from .lazy import Lazy
+from .lazy import Lazy, made
 from .pointwise import Family
 from .transposed import fold, fold_adjoint
 from .weight_gradient import Pair
@@ -28,21 +29,21 @@ FEW = 4
 
 def forward(kernels: Family, s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints | None = None) -> Tensor:
     """u = Wᵀ s of `shape`. With `factor`, s stands for itself repeated by these factors."""
-    turned = _turned(tied, weight) if factor is None and 0 < weight.shape[0] <= FEW else None
+    turned = _turned(tied, tuple(weight.shape[2:])) if factor is None and 0 < weight.shape[0] <= FEW else None
     if turned is not None:
-        found = kernels.convolve_image(s, weight.flip(2, 3).transpose(0, 1), None, turned, "identity", (), None)
-        if found is not None and tuple(found[0].shape) == tuple(shape):
-            return found[0]
+        found = kernels.convolved(s, weight.flip(2, 3).transpose(0, 1), None, turned)
+        if found is not None and tuple(found.x.shape) == tuple(shape):
+            return made(kernels.materialise(found)[0])
     return transposed.forward(s, weight, tied, shape, factor)
 
 
 def source_gradient(kernels: Family, g: Tensor, weight: Tensor, tied: Tied, factor: Ints | None = None) -> Tensor:
     """∂/∂s from g = ∂/∂u."""
     if tied.dims == 2 and 0 < weight.shape[1] <= FEW:
-        own, kind = (weight, tied) if factor is None else (fold(weight, factor), replace(tied, stride=factor))
-        found = kernels.convolve_image(g, own, None, kind, "identity", (), None)
+        own, kind = (weight, tied) if factor is None else (fold(weight, factor), tied.with_stride(factor))
+        found = kernels.convolved(g, own, None, kind)
         if found is not None:
-            return found[0]
+            return made(kernels.materialise(found)[0])
     return transposed.source_gradient(g, weight, tied, factor)
 
 
@@ -66,12 +67,12 @@ def _of_image(
     if factor is None:
         return _multiplied(kernels, image, g, weight, tied)
     folded = weight.new_empty(*weight.shape[:2], *(k + f - 1 for k, f in zip(weight.shape[2:], factor, strict=True)))
-    found = _multiplied(kernels, image, g, folded, replace(tied, stride=factor))
+    found = _multiplied(kernels, image, g, folded, tied.with_stride(factor))
     return None if found is None else fold_adjoint(found, factor)
 
 
 def _of_narrow_gradient(kernels: Family, pair: Pair, weight: Tensor, tied: Tied) -> Tensor | None:
-    turned = _turned(tied, weight)
+    turned = _turned(tied, tuple(weight.shape[2:]))
     if turned is None:
         return None
     found = _multiplied(kernels, pair.grad, pair.read, weight.transpose(0, 1), turned)
@@ -83,10 +84,11 @@ def _multiplied(kernels: Family, image: Tensor, g: Tensor, weight: Tensor, tied:
     return None if found is None else found[0]
 
 
-def _turned(tied: Tied, weight: Tensor) -> Tied | None:
+@lru_cache(maxsize=4096)
+def _turned(tied: Tied, kernel: Ints) -> Tied | None:
     """The convolution that the transposed one is, where it is one: stride 1, no more padding than the kernel has."""
     if tied.dims != 2 or max(tied.stride) > 1 or tied.groups > 1:
         return None
-    reach = [d * (k - 1) for d, k in zip(tied.dilation, weight.shape[2:], strict=True)]
+    reach = [d * (k - 1) for d, k in zip(tied.dilation, kernel, strict=True)]
     padding = tuple((r - before, r - after) for r, (before, after) in zip(reach, tied.padding, strict=True))
     return None if min(min(p) for p in padding) < 0 else replace(tied, padding=padding)

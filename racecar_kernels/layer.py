@@ -10,7 +10,7 @@ cached, and turns into a string, because the schema of an operator knows strings
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from math import inf
 from typing import Any, TypeVar
@@ -37,12 +37,21 @@ class Tied:
     def dims(self) -> int:
         return len(self.stride)
 
+    def with_stride(self, stride: Ints) -> Tied:
+        """The same operation with another stride."""
+        return _with_stride(self, stride)
+
     def output_size(self, size: Ints, kernel: Ints) -> Ints:
         """Spatial size of the forward's result for an input of spatial `size`."""
         return tuple(
             (n + sum(p) - d * (k - 1) - 1) // s + 1
             for n, k, s, p, d in zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
         )
+
+
+@lru_cache(maxsize=4096)
+def _with_stride(tied: Tied, stride: Ints) -> Tied:
+    return replace(tied, stride=stride)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from . import extension
 from .activations import TABLE
 from .layer import Tied
-from .lazy import BatchNorm, Gradient, Lazy, Window
+from .lazy import BatchNorm, Convolved, Gradient, Lazy, Window
 from .pointwise_ref import (
     batch_norm_backward_ref_,
     batch_norm_ref,
@@ -60,7 +61,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | None:
     """None where the C++ kernels serve these operands together, else a sentence that says why not."""
-    tensors = [o.x if isinstance(o, Lazy) else o for o in operands if o is not None]
+    tensors = [_read(o) if isinstance(o, Lazy) else o for o in operands if o is not None]
     first = tensors[0]
     if not all(t.is_cpu for t in tensors):
         return f"the C++ kernels run on the CPU, got tensors on {_listed(t.device for t in tensors)}"
@@ -70,7 +71,8 @@ def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | Non
         return f"pooling is served for (N, C, H, W), got {first.dim()} dimensions"
     if first.dim() < 2:
         return "tensors need a channel dimension"
-    if not all(t.is_contiguous() for t in tensors) and not all(map(is_channels_last, tensors)):
+    free = not any(isinstance(o, Lazy) and o.convolved is not None for o in operands)
+    if not (free and all(t.is_contiguous() for t in tensors)) and not all(map(is_channels_last, tensors)):
         return "the tensors are neither all contiguous nor all channels_last"
     for lazy in operands:
         if isinstance(lazy, Lazy) and not served(lazy.act, lazy.args):
@@ -237,7 +239,7 @@ def grad_weight(
     if d.shift is not None or not _of_few_channels(image, weight, tied) or weight.dtype != d.x.dtype:
         return None
     module = _module(d, a, image, g_pooled, g_full, window=window)
-    read = (d.x, None if a is None else a.x, image, g_pooled, g_full)
+    read = (_read(d), None if a is None else a.x, image, g_pooled, g_full)
     if module is None or not all(t is None or is_channels_last(t) for t in read):
         return None
     before = [first for first, _ in tied.padding]
@@ -251,30 +253,29 @@ def grad_weight_ref(*_: Any, **__: Any) -> None:
     """Plain PyTorch has no way around writing g."""
 
 
-def convolve_image(
-    image: Tensor, weight: Tensor, bias: Tensor | None, tied: Tied, act: str, args: tuple[Any, ...], window: Window
-) -> tuple[Tensor, Tensor | None] | None:
-    """c = W image + b and max_pool(act(c)) in one pass; without a window act(c) alone. None where not served."""
+def convolved(
+    image: Tensor, weight: Tensor, bias: Tensor | None, tied: Tied, act: str = "identity", args: tuple[Any, ...] = ()
+) -> Lazy | None:
+    """act(W image + b), computed wherever it is read; None where not served.
+
+    A matter of shapes, types and strides alone, so that the backward and a trace come to what the forward came to.
+    """
     if not _of_few_channels(image, weight, tied) or numbered(act, args) is None or min(image.shape) == 0:
         return None
     if image.dtype == torch.bfloat16 or weight.shape[0] > 128:  # there a library is faster
         return None
     size = tied.output_size(tuple(image.shape[2:]), tuple(weight.shape[2:]))
-    if min(size) < 1 or (window is not None and any(k > n for k, n in zip(window, size, strict=True))):
+    if min(size) < 1 or weight.dtype != image.dtype or weight.device != image.device or not is_channels_last(image):
         return None
-    module = _module(image)
-    if module is None or weight.dtype != image.dtype or not weight.is_cpu or not is_channels_last(image):
+    if not image.is_cpu or image.dtype not in DTYPES or extension.load() is None:
         return None
     shape = (image.shape[0], weight.shape[0], *size)
-    c = torch.empty(shape, dtype=image.dtype, memory_format=torch.channels_last)
-    before = [first for first, _ in tied.padding]
-    lazy = _handed(Lazy(c, None, None, act, args))
-    pooled: Tensor | None = module.convolve_image(lazy, window, image, weight, bias, tied.stride, before, tied.dilation)
-    return c, pooled
+    x = torch.empty(shape, dtype=image.dtype, device="meta", memory_format=torch.channels_last)
+    return Lazy(x, None, None, act, args, convolved=Convolved(image, weight, bias, tied))
 
 
-def convolve_image_ref(*_: Any, **__: Any) -> None:
-    """A library's convolution writes c before anything else reads it."""
+def convolved_ref(*_: Any, **__: Any) -> None:
+    """A library's convolution writes what it gives before anything else reads it."""
 
 
 def _of_few_channels(image: Tensor, weight: Tensor, tied: Tied) -> bool:
@@ -283,7 +284,7 @@ def _of_few_channels(image: Tensor, weight: Tensor, tied: Tied) -> bool:
         tied.dims == 2
         and tied.groups == 1
         and tied.padding_mode == "zeros"
-        and 0 < weight[0].numel() <= MOST_WEIGHTS
+        and 0 < prod(weight.shape[1:]) <= MOST_WEIGHTS
         and weight.shape[0] % 16 == 0
         and weight.shape[0] <= MOST_CHANNELS
     )
@@ -302,7 +303,7 @@ class Family(NamedTuple):
     grad_reverse: Callable[..., Gradient]
     grad_forward: Callable[..., Gradient]
     grad_weight: Callable[..., tuple[Tensor, Tensor | None] | None]
-    convolve_image: Callable[..., tuple[Tensor, Tensor | None] | None]
+    convolved: Callable[..., Lazy | None]
 
 
 KERNELS = Family(
@@ -316,7 +317,7 @@ KERNELS = Family(
     grad_reverse,
     grad_forward,
     grad_weight,
-    convolve_image,
+    convolved,
 )
 PLAIN = Family(
     channel_sum_ref,
@@ -329,7 +330,7 @@ PLAIN = Family(
     grad_reverse_ref,
     grad_forward_ref,
     grad_weight_ref,
-    convolve_image_ref,
+    convolved_ref,
 )
 
 
@@ -338,21 +339,33 @@ def _module(*operands: Lazy | Tensor | None, window: Window = None) -> Any:
     module = extension.load()
     if module is None:
         return None
-    tensors = []
+    tensors, free = [], True
     for operand in operands:
         if isinstance(operand, Lazy):
             if numbered(operand.act, operand.args) is None:
                 return None
-            tensors.append(operand.x)
+            tensors.append(_read(operand))
+            free = free and operand.convolved is None
         elif operand is not None:
             tensors.append(operand)
+    if not free and not all(map(is_channels_last, tensors)):  # what is computed of an image comes in channels_last
+        return None
     return module if module.serves(tensors, window is not None) else None
+
+
+def _read(lazy: Lazy) -> Tensor:
+    """The tensor in memory that it is computed from."""
+    return lazy.x if lazy.convolved is None else lazy.convolved.image
 
 
 def _handed(lazy: Lazy) -> tuple[Any, ...]:
     """As the C++ functions take it."""
     number, parameters = numbered(lazy.act, lazy.args) or (0, ())
-    return lazy.x, lazy.scale, lazy.shift, lazy.mean, number, lazy.done, parameters
+    own: tuple[Any, ...] | None = None
+    if lazy.convolved is not None:
+        image, weight, bias, tied = lazy.convolved
+        own = image, weight, bias, tied.stride, [first for first, _ in tied.padding], tied.dilation
+    return lazy.x, lazy.scale, lazy.shift, lazy.mean, number, lazy.done, parameters, own
 
 
 @lru_cache(maxsize=4096)

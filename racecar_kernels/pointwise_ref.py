@@ -53,6 +53,7 @@ def materialise_ref(
     minus: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     check_wanted(window, full, pooled, in_place)
+    lazy = in_memory(lazy)
     value = _value(lazy)
     small = F.max_pool2d(value, window) if pooled and window is not None else None
     if not full:
@@ -63,11 +64,13 @@ def materialise_ref(
 
 
 def sum_of_squares_ref(d: Lazy, a: Lazy, window: Window = None) -> Tensor:
+    d = in_memory(d)
     check_sizes(d, window, a=a.x)
     return undo.sum_of_squares(_value(d), _value(a), _pooling(window))
 
 
 def compare_ref(d: Lazy, a: Lazy, window: Window = None, *, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    d = in_memory(d)
     check_sizes(d, window, a=a.x)
     value = _value(a)
     source = value.clone(memory_format=torch.preserve_format) if minus is None else _less(value, minus)
@@ -86,6 +89,7 @@ def grad_reverse_ref(
     loss: bool = False,
 ) -> Gradient:
     check_in_place(in_place, g_in, "g_in")
+    d = in_memory(d)
     check_sizes(d, window, a=a.x, g_in=g_in)
     wide, value = _wide(a.x), _value(a)
     terms = [] if g_in is None else [g_in.to(wide)]
@@ -109,6 +113,7 @@ def grad_forward_ref(
     sums: bool = False,
 ) -> Gradient:
     check_in_place(in_place, g_full, "g_full")
+    d = in_memory(d)
     check_sizes(d, window, a=None if a is None else a.x, g_pooled=g_pooled)
     check_sizes(d, None, g_full=g_full)
     wide, value = _wide(d.x), _value(d)
@@ -124,6 +129,15 @@ def grad_forward_ref(
             raise ValueError("c2 needs a, from which the residual is taken; got a = None")
         terms.append(c2 * (value.to(wide) - undo.apply(_value(a), _pooling(window), tuple(value.shape))))
     return _through(d, value, _total(terms, value), g_full if in_place else None, sums, (g_full, g_pooled))
+
+
+def in_memory(lazy: Lazy) -> Lazy:
+    """The same with x in memory."""
+    if lazy.convolved is None:
+        return lazy
+    image, weight, bias, tied = lazy.convolved
+    c = F.conv2d(image, weight, bias, tied.stride, tuple(first for first, _ in tied.padding), tied.dilation)
+    return lazy._replace(x=c, convolved=None)
 
 
 def _value(lazy: Lazy) -> Tensor:

@@ -72,9 +72,10 @@ def _source(call: Call) -> tuple[Tensor, Ints | None]:
     if not call.undo:
         return call.y, None
     shape, tied = _undone_shape(call), call.layer.tied
-    factor = undo.whole_factors(call.undo, tuple(call.y.shape), shape)
+    small, weight = tuple(call.y.shape), tuple(call.weight.shape)
+    factor = undo.whole_factors(call.undo, small, shape)
     foldable = factor is not None and transposed.can_fold(tied) and len(factor) == tied.dims
-    if factor is not None and foldable and transposed.folding_pays(tuple(call.y.shape), call.weight, factor):
+    if factor is not None and foldable and transposed.folding_pays(small, weight, factor):
         return call.y, factor
     return undo.apply(call.y, call.undo, shape), None
 

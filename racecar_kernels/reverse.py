@@ -8,6 +8,7 @@ over it, and the statistics of φ's batch norm; s and the residual are made agai
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from . import few_channels, phi, pooling, transposed, undo
 from .contract import Params
 from .layer import Ints, Layer, Pool, Step
 from .lazy import Gradient, Lazy
+from .lazy import made as made
 from .pointwise import Family
 from .reference import over_channels
 from .weight_gradient import Pair, joining_pays
@@ -60,13 +62,6 @@ def whole(kernels: Family, lazy: Lazy) -> Tensor:
     return made(kernels.materialise(lazy)[0])
 
 
-def made(t: Tensor | None) -> Tensor:
-    """A tensor that was asked for."""
-    if t is None:
-        raise RuntimeError("a tensor that was asked for has not been made")
-    return t
-
-
 def on_matrix(layer: Layer, t: Tensor) -> bool:
     """Whether the bias of the layer belongs to dimension 1, where the kernels look for channels."""
     return layer.tied.dims > 0 or t.dim() == 2
@@ -91,11 +86,15 @@ def factor_of(r: Reverse) -> Ints | None:
     """The factors by which y is repeated, where folding them into the weight pays."""
     if len(r.undo) != 1 or not r.repeats:
         return None
-    small, kind = tuple(r.y.x.shape), r.layer.tied
-    factor = undo.whole_factors(r.undo, small, r.shape)
-    if factor is None or not transposed.can_fold(kind) or len(factor) != kind.dims:
+    return _factor(r.layer, r.undo, tuple(r.y.x.shape), tuple(r.d.x.shape), tuple(r.weight.shape))
+
+
+@lru_cache(maxsize=4096)
+def _factor(layer: Layer, steps: tuple[Step, ...], small: Ints, d: Ints, weight: Ints) -> Ints | None:
+    factor = undo.whole_factors(steps, small, layer.output_shape(d, weight))
+    if factor is None or not transposed.can_fold(layer.tied) or len(factor) != layer.tied.dims:
         return None
-    return factor if transposed.folding_pays(small, r.weight, factor) else None
+    return factor if transposed.folding_pays(small, weight, factor) else None
 
 
 def spread(s: Tensor, r: Reverse, factor: Ints | None) -> Tensor:

@@ -14,7 +14,6 @@ All are the same linear map; at 3x3 and f = 2 the folded forms multiply 2.25 tim
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -49,7 +48,7 @@ def forward(s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints | N
         return torch.matmul(s, weight)
     if factor is None:
         return plain(s, weight, tied, shape)
-    strided = replace(tied, stride=factor)
+    strided = tied.with_stride(factor)
     if single_channel.transposed_serves(s, weight, strided):
         return single_channel.transposed(s, fold(weight, factor), strided, shape)
     if polyphase_pays(weight, tied):
@@ -62,7 +61,7 @@ def source_gradient(g: Tensor, weight: Tensor, tied: Tied, factor: Ints | None =
     if tied.dims == 0:
         return F.linear(g, weight)
     if factor is not None:
-        weight, tied = fold(weight, factor), replace(tied, stride=factor)
+        weight, tied = fold(weight, factor), tied.with_stride(factor)
     g, padding = padded(g, tied)
     return CONV[tied.dims](g, weight, None, tied.stride, padding, tied.dilation, tied.groups)
 
@@ -72,13 +71,13 @@ def can_fold(tied: Tied) -> bool:
     return tied.dims > 0 and tied.padding_mode == "zeros" and max(tied.stride) == 1 and max(tied.dilation) == 1
 
 
-def folding_pays(source: Ints, weight: Tensor, factor: Ints) -> bool:
+def folding_pays(source: Ints, weight: Ints, factor: Ints) -> bool:
     """Whether multiplying less outweighs folding the weight, which is paid once however many pixels there are.
 
     The bounds here and in `polyphase_pays` are what `python -m bench.forms` measured on a CPU in float32.
     """
-    plain = prod(f * k for f, k in zip(factor, weight.shape[2:], strict=True))
-    folded = prod(k + f - 1 for f, k in zip(factor, weight.shape[2:], strict=True))
+    plain = prod(f * k for f, k in zip(factor, weight[2:], strict=True))
+    folded = prod(k + f - 1 for f, k in zip(factor, weight[2:], strict=True))
     pixels = prod(source) // source[1]
     return folded < 0.8 * plain and pixels >= 384
 

@@ -11,7 +11,6 @@ u = Wᵀ s, and s), ∂/∂W is bilinear in them:
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 from typing import NamedTuple
 
@@ -61,7 +60,7 @@ def weight_gradient(
         folded = weight.new_empty(
             *weight.shape[:2], *(k + f - 1 for k, f in zip(weight.shape[2:], factor, strict=True))
         )
-        found = fold_adjoint(_convolution(pair, folded, replace(tied, stride=factor)), factor)
+        found = fold_adjoint(_convolution(pair, folded, tied.with_stride(factor)), factor)
     elif tied.dims == 0 or product_pays(pair, weight, tied):
         return _product(pair, weight, tied, add_to)
     elif single_channel.weight_gradient_serves(*pair, weight, tied):

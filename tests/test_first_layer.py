@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import racecar_kernels as rk
 from racecar_kernels import extension, pointwise
+from racecar_kernels.layer import Chain
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason="the extension is not built")
 each_width = pytest.mark.parametrize("c_out", [16, 32])
@@ -131,3 +132,26 @@ def test_frozen_first_layers_leave_it_to_others(variant, memory, runs):
         torch.testing.assert_close(torch.autograd.grad(total(*found), asked), want, rtol=1e-10, atol=1e-11)
         assert runs == calls
         frozen.requires_grad_(True)
+
+
+def arguments(sample: Sample, variant: str, memory: str) -> tuple:
+    """Of the operator itself."""
+    x, layers, *tensors = sample.arguments
+    chain = str(Chain(tuple(layers), tuple(sample.last), variant == "full"))
+    return x, *([None if t is None else t.detach() for t in ts] for ts in tensors), chain, memory
+
+
+@each_way
+def test_what_is_kept_of_the_first_layer(variant, memory):
+    """Of one channel nothing but what layer 2 received, where that is stored; of three c, which is longer to make."""
+    for c_in, shape in ((1, (3, 16, 4, 4) if memory == "store" else (0,)), (3, (3, 16, 9, 8))):
+        kept = torch.ops.racecar.tied_chain(*arguments(make(c_in, 16, bias=True), variant, memory))[3]
+        assert tuple(kept[0].shape) == shape
+
+
+@each_image
+@each_way
+def test_opcheck(variant, memory, c_in):
+    """A trace comes to the shapes that a run comes to."""
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.racecar.tied_chain, arguments(make(c_in, 16, bias=True), variant, memory))

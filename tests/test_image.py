@@ -10,7 +10,7 @@ import torch
 
 from racecar_kernels import extension, pointwise
 from racecar_kernels.layer import Tied
-from racecar_kernels.lazy import Lazy
+from racecar_kernels.lazy import Convolved, Lazy
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason="the extension is not built")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -103,29 +103,73 @@ def test_against_float64(seed, dtype):
     assert (found[1] - total).norm() <= torch.finfo(total.dtype).eps * total.norm()  # from other blocks
 
 
+def convolved(case: Case, seed: int) -> Lazy | None:
+    """What the kernels compute of the image, where they read it."""
+    bias = torch.randn(case.weight.shape[0], dtype=case.weight.dtype) if seed % 3 else None
+    return pointwise.convolved(case.image, case.weight, bias, case.tied, case.d.act)
+
+
 @pytest.mark.usefixtures("_level", "poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("seed", range(24))
 def test_the_convolution_against_float64(seed, dtype):
     case = drawn(seed, dtype)
-    bias = torch.randn(case.weight.shape[0], dtype=dtype) if seed % 3 else None
-    window = case.window if seed % 2 else None
-    act = case.d.act
+    lazy = convolved(case, seed)
     if case.weight.shape[0] > 128:
-        assert pointwise.convolve_image(case.image, case.weight, bias, case.tied, act, (), window) is None
+        assert lazy is None
         return
-    c, pooled = pointwise.convolve_image(case.image, case.weight, bias, case.tied, act, (), window)
-    wide = [None if t is None else t.double() for t in (case.image, case.weight, bias)]
-    padding = [p for p, _ in case.tied.padding]
-    expected = torch.nn.functional.conv2d(*wide, case.tied.stride, padding, case.tied.dilation)
+    assert lazy.x.is_meta and not lazy.as_it_is and lazy.x.shape == case.d.x.shape
+    found = pointwise.materialise(lazy)[0]
+    expected = pointwise.materialise_ref(lazy._replace(convolved=in_double(lazy.convolved)))[0]
     bound = {torch.float32: 2e-6, torch.float64: 2e-14}[dtype]
-    if window is None:
-        assert pooled is None
-        expected = pointwise.materialise_ref(Lazy(expected, None, None, act))[0]
-    else:
-        assert torch.equal(pooled, pointwise.materialise(Lazy(c, None, None, act), window, full=False, pooled=True)[1])
-    assert (c.double() - expected).norm() <= bound * expected.norm()
-    assert c.dtype == dtype and c.is_contiguous(memory_format=torch.channels_last)
+    assert (found.double() - expected).norm() <= bound * expected.norm()
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_double(own: Convolved) -> Convolved:
+    image, weight, bias = (None if t is None else t.double() for t in own[:3])
+    return Convolved(image, weight, bias, own.tied)
+
+
+@pytest.mark.usefixtures("_level", "poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(24))
+def test_every_kernel_reads_it_as_it_reads_a_tensor(seed, dtype):
+    """Bit by bit: the backward finds the same largest values as the forward."""
+    case = drawn(seed, dtype)
+    lazy = convolved(case, seed)
+    if lazy is None:
+        return
+    c = pointwise.materialise(lazy._replace(act="identity"))[0]
+    stored = Lazy(c, None, None, case.d.act)
+    minus, window = torch.randn(c.shape[1], dtype=dtype), case.window
+    a = case.a or Lazy(torch.randn_like(c if case.g_pooled is None else case.g_pooled))
+    c2 = torch.tensor(0.3)
+    calls = [
+        lambda d: pointwise.materialise(d, minus=minus),
+        lambda d: pointwise.materialise(d, window, full=True, pooled=window is not None),
+        lambda d: pointwise.materialise(d, window, full=window is None, pooled=window is not None),
+        lambda d: (pointwise.sum_of_squares(d, a, window),),
+        lambda d: pointwise.compare(d, a, window, minus=minus),
+        lambda d: pointwise.grad_reverse(d, a, window, c2, None, sums=True, loss=True),
+        lambda d: pointwise.grad_forward(d, a, window, c2, case.g_pooled, case.g_full, sums=True),
+        lambda d: pointwise.grad_weight(
+            d, a, window, c2, case.g_pooled, case.g_full, case.image, case.weight, case.tied, sums=True
+        ),
+    ]
+    for call in calls:
+        for ours, theirs in zip(call(lazy), call(stored), strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_what_the_kernels_do_not_serve_is_computed_first():
+    """A convolution read beside a contiguous tensor: by plain PyTorch."""
+    case = drawn(1, torch.float64)
+    lazy = convolved(case, 1)
+    a = Lazy(torch.randn(lazy.x.shape, dtype=torch.float64))
+    assert pointwise.why_not(lazy, a) is not None
+    c = pointwise.materialise(lazy)[0]
+    torch.testing.assert_close(pointwise.sum_of_squares(lazy, a), (c - a.x).square().sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

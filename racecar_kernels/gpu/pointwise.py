@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import pointwise_ref as ref
 from ..backends.triton import DTYPES
 from ..lazy import BatchNorm, Gradient, Lazy, Window
-from ..pointwise import Family, convolve_image_ref, grad_weight_ref, numbered
+from ..pointwise import Family, convolved_ref, grad_weight_ref, numbered
 from . import configs, device
 from . import pointwise_kernels as kernels
 
@@ -221,7 +221,7 @@ KERNELS = Family(
     grad_reverse,
     grad_forward,
     grad_weight_ref,
-    convolve_image_ref,
+    convolved_ref,
 )
 
 
