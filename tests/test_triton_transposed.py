@@ -240,10 +240,11 @@ def test_weight_gradient_of_one_use(name: str, use: str) -> None:
     check_weight_gradient(CASES[IDS.index(name)], (use,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("splits", [1, 3, 100])
-def test_weight_gradient_split(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+def test_weight_gradient_split(monkeypatch: pytest.MonkeyPatch, splits: int, dtype: torch.dtype) -> None:
     monkeypatch.setattr(configs, "splits", lambda *given: splits)
-    check_weight_gradient(Case("split", (2, 2, 11, 9), 5), ("read", "reverse"))
+    check_weight_gradient(Case("split", (2, 2, 11, 9), 5, dtype=dtype), ("read", "reverse"))
 
 
 def check_weight_gradient(case: Case, uses: tuple[str, ...], layout: Tensor | None = None) -> None:

@@ -311,4 +311,5 @@ def sum_partials_kernel(
         o_p = start + tl.arange(0, BLOCK_P)
         m = (o_p < programs)[:, None] & (o_e < count)[None, :]
         total += tl.load(partials + o_p.to(tl.int64)[:, None] * count + o_e[None, :], mask=m, other=0.0).to(tl.float64)
-    tl.store(out + o_e, (SIGN * tl.sum(total, 0)).to(out.dtype.element_ty), mask=o_e < count)
+    rounded = (SIGN * tl.sum(total, 0)).to(tl.float32)  # Triton's interpreter cannot turn float64 into bfloat16
+    tl.store(out + o_e, rounded.to(out.dtype.element_ty), mask=o_e < count)
