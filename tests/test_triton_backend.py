@@ -12,18 +12,27 @@ import racecar
 import racecar_kernels as rk
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.usefixtures("interpreted", "poisoned")
+pytestmark = pytest.mark.usefixtures("interpreted", "poisoned", "without_tf32")
 NAMES = ["linear", "conv", "batch norm, relu", "pooled, cut", "source pooled", "strided, odd"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICIES = [("full", "store"), ("full", "recompute"), ("local", "store"), ("local", "deferred")]
+
+
+@pytest.fixture
+def without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reverse_layer_against_float64(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     exact, ours, plain = make(case), make(case, torch.float32), make(case, torch.float32)
+    for module in (ours.op, *ours.latent):
+        module.to(DEVICE)
+    ours.y, ours.target = (t.detach().to(DEVICE).requires_grad_() for t in (ours.y, ours.target))
     want = torch.autograd.grad(oracle.reverse_layer(exact)[1], exact.tensors)
     _, loss = rk.reverse_layer(ours.y, ours.target, ours.op.weight, ours.op.bias, **ours.settings, backend="triton")
-    got = torch.autograd.grad(loss, ours.tensors)
+    got = [g.cpu() for g in torch.autograd.grad(loss, ours.tensors)]
     theirs = torch.autograd.grad(oracle.reverse_layer(plain)[1], plain.tensors)
     assert oracle.error(got, want) <= 2 * oracle.error(theirs, want) + 2**-22
 
@@ -41,9 +50,9 @@ def test_a_wrapped_network_equals_the_reference(variant: str, memory: str) -> No
     x = torch.randn(2, 2, 4, 5).to(memory_format=torch.channels_last)
     found = {}
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        net = racecar.wrap(network().to(dtype), 0.1, variant=variant, memory=memory, backend=backend)
+        net = racecar.wrap(network().to(DEVICE, dtype), 0.1, variant=variant, memory=memory, backend=backend)
         assert backend in str(net.plan)
-        own = x.to(dtype, copy=True).requires_grad_()
+        own = x.to(DEVICE, dtype, copy=True).requires_grad_()
         (net(own).square().sum() + net.reverse_loss).backward()
         found[backend] = [p.grad.double() for p in (own, *net.parameters())]
     assert oracle.error(found["triton"], found["reference"]) < 2e-5
