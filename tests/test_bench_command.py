@@ -90,9 +90,9 @@ def test_the_module_runs_the_same_command(capsys):
 def test_help_names_every_option():
     text = re.sub(r"\x1b\[[0-9;]*m", "", bench("--help").output)
     names = (
-        "suite contestants backends batch rounds threads no-compile quick json resume markdown plot where compare list"
+        "suite dtype contestants backends batch rounds threads no-compile quick json resume markdown plot where compare"
     )
-    for name in names.split():
+    for name in (*names.split(), "list"):
         assert f"--{name}" in text
 
 
@@ -115,6 +115,56 @@ def test_a_suite_prints_every_row_of_its_targets(instead):
 )  # fmt: skip
 def test_verdicts(value, goal, least, said):
     assert targets.verdict(value, goal, least) == said
+
+
+def on_a_gpu(monkeypatch, known: dict | None = None):
+    """As far as the command can tell; `known`: filled with the settings of every measurement."""
+    gpu = {"name": "NVIDIA GPU", "capability": "9.0"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(terminal.machine, "prepare_cuda", lambda: None)
+    monkeypatch.setattr(terminal.machine, "facts", lambda device: {"device": device, "torch": "2.13", "gpu": gpu})
+    inner = terminal.measure_network
+
+    def measure_network(network, contestants, **settings):
+        if known is not None:
+            known[network.title.split()[0]] = settings
+        return inner(network, contestants, **settings)
+
+    monkeypatch.setattr(terminal, "measure_network", measure_network)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_suite_without_a_gpu_names_the_command_that_measures_it(instead, tmp_path):
+    done = bench("--suite", "gpu", "--json", tmp_path / "x.json")
+    assert done.exit_code == 2 and "needs a CUDA device" in done.output and "`make gpu OUT=dir`" in done.output
+    assert instead == [] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("words", "dtype"), [((), torch.bfloat16), (("--dtype", "float32"), torch.float32)])
+def test_the_gpu_suite_has_its_batches_types_and_targets(instead, monkeypatch, tmp_path, words, dtype):
+    known: dict = {}
+    on_a_gpu(monkeypatch, known)
+    done = bench("--suite", "gpu", "--json", tmp_path / "x.json", *words)
+    assert done.exit_code == 0, done.output
+    assert instead == ["MNIST", "CIFAR", "VGG19", "Smoke"]
+    assert [s["batch"] for s in known.values()] == [1024, 512, 64, 256]
+    assert all(s["device"] == "cuda" and s["dtype"] == dtype for s in known.values())
+    assert "NVIDIA GPU, " + ("float32, multiplied as TF32" if words else "bfloat16") in done.output
+    assert re.search(r"mnist: ours, full, store +step +1\.50 +1\.40 +1\.35 +NOT MET", done.output)
+    assert re.search(
+        r"best of plain PyTorch, full / ours, full, store +step +1\.25 +not yet measured on a", done.output
+    )
+    assert results.read(tmp_path / "x.json").dtype == str(dtype).removeprefix("torch.")
+
+
+def test_against_the_best_of_plain_pytorch():
+    """Twice: eager is best, then compiled; and without the compiled one nobody knows."""
+    ours, eager = result("ours, full, store", 1.2), result("plain PyTorch, full", 2.0)
+    goal = next(t for t in targets.GPU if t.network == "mnist" and t.faster)
+    for compiled, want in ((2.5, ["1.67", "met"]), (1.4, ["1.17", "NOT MET"]), (None, ["", "not measured"])):
+        found = [ours, eager] + ([] if compiled is None else [result("plain PyTorch, full, torch.compile", compiled)])
+        row = next(r for r in targets.rows([goal], {"mnist": measured(*found)}) if "best of" in r[0])
+        assert [row[3], row[-1]] == want
 
 
 def test_tiny_inputs_compile_one_network_only():
@@ -250,7 +300,13 @@ def test_the_committed_results_can_be_read():
     ("words", "message"),
     [
         (["resnet"], "no network is named resnet; there are mnist, cifar"),
-        (["--suite", "gpu"], "no suite is named gpu; there is cpu"),
+        (["--suite", "tpu"], "no suite is named tpu; there are cpu, gpu"),
+        (
+            ["--suite", "gpu", "--dtype", "float16"],
+            "--dtype is one of those of the suite gpu: bfloat16, float32; got float",
+        ),
+        (["--suite", "cpu", "--dtype", "bfloat16"], "--dtype is one of those of the suite cpu: float32; got bfloat16"),
+        (["mnist", "--dtype", "bfloat16"], "--dtype is one of those of the suite gpu; say --suite gpu; got bfloat16"),
         (["mlp", "--rounds", "-1"], "--rounds is a whole number from 1, got -1"),
         (["mlp", "--batch", "0"], "--batch is a whole number from 1, got 0"),
         (["mlp", "--threads", "0"], "--threads is a whole number from 1, got 0"),

@@ -194,7 +194,10 @@ def bench(
         list[str] | None, typer.Argument(metavar="[NETWORK]...", help="Which to measure; see --list. \\[default: all]")
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="'cpu': the networks that have targets, and the table of targets.")
+        str | None, typer.Option(help="'cpu' or 'gpu': the networks that have targets, and the table of targets.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --suite gpu: float32 (as TF32) or bfloat16. \\[default: bfloat16]")
     ] = None,
     contestants: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Only those whose name contains TEXT, and Std.")
@@ -236,7 +239,7 @@ def bench(
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Networks, suites, contestants and backends.")] = False,
 ) -> None:
-    """Measure step time, kept and peak bytes against plain training, on this machine's CPU.
+    """Measure step time, kept and peak bytes against plain training, on this machine's CPU, or GPU with --suite gpu.
 
     Everybody trains in one process, in turns; ratios are medians over rounds of the ratio within a round. Gradients are
     held against float64 before any figure. How: docs/benchmarking.md.
@@ -257,8 +260,8 @@ def bench(
             terminal.compare(*compare, console)
         else:
             options = terminal.Options(
-                tuple(networks or ()), suite, contestants, backends, batch, rounds, threads, compile_, quick, json,
-                resume, markdown, plot,
+                tuple(networks or ()), suite, dtype, contestants, backends, batch, rounds, threads, compile_, quick,
+                json, resume, markdown, plot,
             )  # fmt: skip
             (terminal.where if where else terminal.run)(options, console)
     except ModuleNotFoundError as error:

@@ -55,7 +55,7 @@ def least_ratio(net: nn.Module, x: Tensor, variant: str) -> float:
         x: its input; only the shape counts.
         variant: `full` or `local`.
     """
-    shapes = _shapes(net, x)
+    shapes = shapes_of(net, x)
     forward: dict[nn.Module, float] = {op: multiply_adds(op, output) for op, (_, output) in shapes.items()}
     first = next(iter(forward.values()))
     plain = 3 * sum(forward.values()) - first
@@ -97,7 +97,7 @@ def _per_dimension(value: Any, dims: int) -> list[int]:
     return [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)] * dims
 
 
-def _shapes(net: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Shape, Shape]]:
+def shapes_of(net: nn.Module, x: Tensor) -> dict[nn.Module, tuple[Shape, Shape]]:
     """Tied operation -> shapes of its input and output, in the order in which they run."""
     originals = [module for module in net.modules() if isinstance(module, TIED)]
     shadow = copy.deepcopy(net).to("meta")

@@ -38,10 +38,13 @@ class Report:
 
     @property
     def where(self) -> str:
-        """One line: processor, threads, versions, commit."""
+        """One line: processor and threads, or GPU and dtype; versions, commit."""
         facts = self.machine
         unsure = {name: facts.get(name, "unknown") for name in ("processor", "threads", "torch", "commit")}
         line = "{processor}, {threads} threads, PyTorch {torch}, commit {commit}".format(**unsure)
+        if "gpu" in facts:
+            how = f"{self.dtype}, multiplied as TF32" if self.dtype == "float32" else self.dtype
+            line = f"{facts['gpu']['name']}, {how}, PyTorch {unsure['torch']}, commit {unsure['commit']}"
         return f"{line}, {self.date[:10]}" if self.date else line
 
     def write(self, path: Path) -> None:

@@ -54,6 +54,7 @@ class Options:
 
     networks: tuple[str, ...] = ()
     suite: str | None = None
+    dtype: str | None = None
     contestants: str | None = None
     backends: str | None = None
     batch: int | None = None
@@ -71,7 +72,10 @@ class Options:
         if unknown:
             raise OptionsError(f"no network is named {', '.join(unknown)}; there are {', '.join(NETWORKS)}")
         if self.suite is not None and self.suite not in targets.SUITES:
-            raise OptionsError(f"no suite is named {self.suite}; there is {', '.join(targets.SUITES)}")
+            raise OptionsError(f"no suite is named {self.suite}; there are {', '.join(targets.SUITES)}")
+        if self.dtype is not None and (self.suite is None or self.dtype not in self.chosen_suite.dtypes):
+            allowed = f"{self.suite}: {', '.join(self.chosen_suite.dtypes)}" if self.suite else "gpu; say --suite gpu"
+            raise OptionsError(f"--dtype is one of those of the suite {allowed}; got {self.dtype}")
         for name, value in (("batch", self.batch), ("rounds", self.rounds), ("threads", self.threads)):
             if value is not None and value < 1:
                 raise OptionsError(f"--{name} is a whole number from 1, got {value}")
@@ -95,10 +99,27 @@ class Options:
             if reason is not None:
                 raise OptionsError(f"--{name}: {path} cannot be written, {reason}; name a file in another folder")
 
+    def check_device(self) -> None:
+        """Raises OptionsError where the suite is for a device that is not here."""
+        if self.chosen_suite.device == "cuda" and not torch.cuda.is_available():
+            raise OptionsError(
+                f"--suite {self.suite} needs a CUDA device, and PyTorch {torch.__version__} sees none; on a machine "
+                "with one, `make gpu OUT=dir` in a clone tests the kernels there and then measures this suite"
+            )
+
+    @property
+    def chosen_suite(self) -> targets.Suite:
+        """The suite; without one, no networks and no targets on a CPU."""
+        return targets.SUITES[self.suite] if self.suite else targets.Suite((), ())
+
+    @property
+    def chosen_dtype(self) -> str:
+        """Of parameters and activations."""
+        return self.dtype or self.chosen_suite.dtypes[0]
+
     def names(self) -> list[str]:
         """The networks to measure, in order."""
-        suite = targets.SUITES[self.suite].networks if self.suite else ()
-        return list(dict.fromkeys((*suite, *self.networks))) or list(NETWORKS)
+        return list(dict.fromkeys((*self.chosen_suite.networks, *self.networks))) or list(NETWORKS)
 
     def backend_names(self) -> list[str]:
         """The backends that are forced, besides the one that is chosen by itself."""
@@ -138,6 +159,7 @@ def run(options: Options, console: Console) -> Report:
     """
     for name in options.names():
         options.contestants_of(name)
+    options.check_device()
     if options.markdown:
         tables.check_marks(options.markdown, MARKS)
     options.check_files()
@@ -145,7 +167,10 @@ def run(options: Options, console: Console) -> Report:
         from . import plot  # says that matplotlib is missing before hours of measuring
     if options.threads:
         torch.set_num_threads(options.threads)
-    fresh = Report(machine.facts(), options.settings())
+    suite = options.chosen_suite
+    if suite.device == "cuda":
+        machine.prepare_cuda()
+    fresh = Report(machine.facts(suite.device), options.settings(), dtype=options.chosen_dtype)
     report = results.taken_up(options.json, fresh) if options.json and options.resume else fresh
     _print(console, report.where)
     for name in options.names():
@@ -159,7 +184,7 @@ def run(options: Options, console: Console) -> Report:
     chosen = {name: report.networks[name] for name in options.names()}
     sections = [tables.markdown(measured) for measured in chosen.values()]
     if options.suite:
-        cells = targets.rows(targets.SUITES[options.suite].targets, chosen)
+        cells = targets.rows(suite.targets, chosen, suite.unmeasured)
         tiny = "; TINY INPUTS: the verdicts mean nothing" if options.quick else ""
         _print(console, f"\nTargets, as ratios to plain training{tiny}\n" + tables.text_table(targets.HEAD, cells))
         sections.append(tables.markdown_table(targets.HEAD, cells))
@@ -167,7 +192,7 @@ def run(options: Options, console: Console) -> Report:
         tables.write_between_marks(options.markdown, MARKS, "\n\n".join([*sections, f"{report.where}."]))
     if options.plot:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot.draw(chosen, options.plot, report.where)
+        plot.draw(chosen, options.plot, report.where, suite.targets or targets.CPU)
     written = [str(path) for path in (options.json, options.markdown, options.plot) if path]
     if written:
         _print(console, f"\nwritten: {', '.join(written)}")
@@ -189,6 +214,8 @@ def _measured(name: str, options: Options, console: Console) -> Measured:
             batch=_batch(network, options),
             rounds=rounds,
             warmup=1 if options.quick else 2,
+            device=options.chosen_suite.device,
+            dtype=getattr(torch, options.chosen_dtype),
             tiny=options.quick,
             stage=lambda words: progress.update(bar, description=f"{name}: {words}"),
             progress=lambda done: progress.update(bar, completed=done),
@@ -196,7 +223,8 @@ def _measured(name: str, options: Options, console: Console) -> Measured:
 
 
 def _batch(network: Network, options: Options) -> int:
-    return options.batch or (2 if options.quick else network.batch)
+    own = network.gpu_batch if options.chosen_suite.device == "cuda" else network.batch
+    return options.batch or (2 if options.quick else own)
 
 
 def compare(a: Path, b: Path, console: Console) -> None:
