@@ -14,12 +14,22 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", metavar="I/N", help="every N-th test marked gpu, from I = 0 on: to run them side by side"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if torch.cuda.is_available() and "interpreted" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)  # there the kernels are compiled, and really tested
+        elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("--part"):
+        index, parts = map(int, config.getoption("--part").split("/"))
+        items[:] = [item for item in items if item.get_closest_marker("gpu")][index::parts]
 
 
 @pytest.fixture(scope="session")
