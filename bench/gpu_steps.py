@@ -29,7 +29,8 @@ TESTS = machine.ROOT / "tests"
 MOST_AT_ONCE = 8  # processes of tests: what takes their time is compiling kernels
 KERNELS = ("bandwidth", "layers")
 NO_TESTS = 5  # pytest's exit status where none was selected
-LAYER_NETWORKS = ("mnist", "vgg19", "cifar", "smoke")
+LINEAR = "linear"
+LAYER_NETWORKS = ("mnist", "vgg19", "cifar", "smoke", LINEAR)
 
 
 class Step(NamedTuple):
@@ -82,7 +83,13 @@ def _network(name: str, dtype: str) -> Step:
 def _layers(dtype: str) -> list[Step]:
     half = SUITES["gpu"].dtypes[0]
     return [
-        Step(f"layers {name} {dtype}", "layers", network=name, dtype=dtype, dry=(name, dtype) == ("mnist", half))
+        Step(
+            f"layers {name} {dtype}",
+            "layers",
+            network=name,
+            dtype=dtype,
+            dry=name in ("mnist", LINEAR) and dtype == half,
+        )
         for name in LAYER_NETWORKS
     ]
 
@@ -229,13 +236,15 @@ def _measure_network(
 def _measure_kernels(
     step: Step, device: str, dry_run: bool, rounds: int | None, finished: Callable[[Report], None]
 ) -> Report:
-    from bench import bandwidth, layers
+    from bench import bandwidth, layers, linear_layers
 
     if dry_run:
         layers.interpret(["-m", "bench.gpu_steps", *sys.argv[1:]])
     few = rounds or (1 if dry_run else 20)
     if step.kind == "bandwidth":
         return bandwidth.measure(step.dtype, device, rounds=few, tiny=dry_run, finished=finished)
+    if step.network == LINEAR:
+        return linear_layers.measure(step.dtype, device, rounds=few, tiny=dry_run, finished=finished)
     return layers.measure([step.network], step.dtype, device, rounds=few, tiny=dry_run, finished=finished)
 
 

@@ -173,10 +173,10 @@ def measured(shape: Shape, dtype: str, device: str, rounds: int) -> Iterator[Row
     for name, runs in forms(o).items():
         row: Row = {**own, "pass": name, **shape.key, "library_us": None, "fused_us": None}
         row |= {"bytes": least_bytes(o, name), "flops": shape.flops}
-        yield _timed(row, {"library": runs["library"]} if refused else runs, refused, ALLOWED[kind], device, rounds)
+        yield timed(row, {"library": runs["library"]} if refused else runs, refused, ALLOWED[kind], device, rounds)
 
 
-def _timed(row: Row, runs: dict[str, Form], refused: str | None, allowed: float, device: str, rounds: int) -> Row:
+def timed(row: Row, runs: dict[str, Form], refused: str | None, allowed: float, device: str, rounds: int) -> Row:
     """The row with times, once every form's results agree with the library's."""
     right = runs["library"]()
     errors = {

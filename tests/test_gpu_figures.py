@@ -8,7 +8,7 @@ import torch
 from racecar.bench.networks import NETWORKS
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from bench import bandwidth, device_time, layers
+from bench import bandwidth, device_time, layers, linear_layers
 from bench.layer_shapes import Shape, shapes_in
 from racecar_kernels.gpu import pointwise, transposed
 
@@ -91,12 +91,23 @@ def test_one_broken_layer_does_not_cost_the_others(monkeypatch):
     found: list[int] = []
     monkeypatch.setattr(layers, "CHAINS", ("mnist",))
     monkeypatch.setattr(layers, "measured", measured)
-    monkeypatch.setattr(layers, "_timed", lambda row, *rest: row)
+    monkeypatch.setattr(layers, "timed", lambda row, *rest: row)
     rows = layers.measure(
         ["mnist"], "float32", DEVICE, rounds=1, tiny=True, finished=lambda f: found.append(len(f["rows"]))
     )["rows"]
     assert found == [3, 6, 9, 12, 13] and rows[-1]["why"] == "RuntimeError: out of resources" and rows[-1]["wrong"]
     assert rows[0]["layers"] == ["mnist 1"]
+
+
+@interpreting
+def test_rows_of_linear_layers(monkeypatch):
+    rows = linear_layers.measure("float32", DEVICE, rounds=1, tiny=True)["rows"]
+    assert [row["pass"] for row in rows] == ["forward", "source", "weight"] * 2
+    assert all(row.keys() >= KEYS and row["fused_us"] > 0 and row["library_us"] > 0 for row in rows), rows
+    assert rows[0]["kernel"] == [] and rows[0]["pixels"] == 6 and rows[0]["flops"] == 2 * 2 * 6 * 12 * 10
+    monkeypatch.setattr(linear_layers, "forms", lambda *_: {}["broken"])
+    rows = linear_layers.measure("float32", DEVICE, rounds=1, tiny=True)["rows"]
+    assert [row["why"] for row in rows] == ["KeyError: 'broken'"] * 2 and rows[0]["wrong"]
 
 
 @interpreting
