@@ -302,10 +302,9 @@ def test_tiles_cover_every_shape(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_shipped_config_names_every_argument(architecture: str) -> None:
     entries = list(linear.shipped(architecture))
-    assert {types["weight" if "weight" in types else "a"] for entry in entries for types in [entry.signature]} == {
-        "*fp32",
-        "*bf16",
-    }
+    for names in ({"weight"}, {"a", "g_c"}, {"partials", "out", "size"}):
+        own = [entry.signature for entry in entries if names <= entry.signature.keys()]
+        assert {types["out" if "out" in names else min(names)] for types in own} == {"*fp32", "*bf16"}
     for entry in entries:
         assert entry.signature.keys() | entry.constants.keys() == set(entry.kernel.arg_names)
         assert entry.options.keys() == {"num_warps", "num_stages"}

@@ -20,6 +20,7 @@ class Pointwise(NamedTuple):
     programs: int
 
 
+MOST_CHANNELS = 128  # of a tile
 # A warp reads 32 · 16 bytes at a time; two such loads in flight per thread and operand.
 POINTWISE = {
     "sm_80": Pointwise(2048, 4, 8),
@@ -46,7 +47,7 @@ def pointwise(
     """
     entry: Pointwise = table_entry(POINTWISE, on.architecture)
     elements = max(256, entry.elements // (1 if taps == 1 else 2 if taps <= 4 else 4))
-    block_c = min(_power_of_two(channels), 128) if last else 1
+    block_c = min(_power_of_two(channels), MOST_CHANNELS) if last else 1
     block_q = max(1, min(elements // block_c, _power_of_two(count)))
     across = -(-channels // block_c)
     down = min(-(-count // block_q), max(1, entry.programs * on.multiprocessors // across))

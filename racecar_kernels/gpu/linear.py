@@ -335,6 +335,11 @@ def shipped(architecture: str) -> Iterator[Shipped]:
             for math, tiles in by_math.items():
                 for tile, kernel in itertools.product(tiles, _BY_TABLE[table]):
                     yield from _of_tile(table, math, tile, kernel, aligned)
+    for count, out in ((1, "*bf16"), (16, "*fp32")):
+        types = {"partials": "*fp32", "out": out, "count": "i32", "size": "i32"}
+        blocks = configs.linear_finishing(count)
+        options = {"num_warps": 4, "num_stages": 3}  # Triton's own
+        yield Shipped(f"{count} sums", kernels.finish_kernel, types, blocks, options, ("partials", "out", "size"))
 
 
 def _of_tile(table: str, math: str, tile: configs.Tile, kernel: Any, aligned: bool) -> Iterator[Shipped]:

@@ -22,6 +22,7 @@ from . import pointwise_kernels as kernels
 
 MOST_TAPS = 64  # of a pooling window: they are unrolled
 MOST_WINDOWS = 2**31 - 2**16  # they are numbered with 32 bits
+MOST_BLOCKS = 65535  # of channels: CUDA's limit of a grid's second dimension
 
 
 class Grid(NamedTuple):
@@ -60,6 +61,10 @@ def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | Non
         return f"up to {MOST_WINDOWS} values a channel are served, got {first.numel() // max(1, first.shape[1])}"
     if not all(t.is_contiguous() for t in tensors) and not all(map(ref.is_channels_last, tensors)):
         return "the tensors are neither all contiguous nor all channels_last"
+    apart = first.is_contiguous() and first[0, 0].numel() > 1  # the channels, so that each is a block of its own
+    most = MOST_BLOCKS * (1 if apart else configs.MOST_CHANNELS)
+    if first.shape[1] > most:
+        return f"up to {most} channels are served in this layout, got {first.shape[1]}"
     for lazy in operands:
         if isinstance(lazy, Lazy) and numbered(lazy.act, lazy.args) is None:
             return f"not served: {lazy.act}{lazy.args or ''} is not computed from its output"

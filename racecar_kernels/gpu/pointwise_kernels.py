@@ -85,15 +85,15 @@ def sums_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_origin = read_origin(x, o_c * f_c, m_c)[None, :]
+    b_origin = read_origin(x, o_c.to(tl.int64) * f_c, m_c)[None, :]
     first, second = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         n, y, at = window_place(q, h, w, FLAT)
         m = (q < count)[:, None] & m_c[None, :]
-        b_x = tl.load(x + (n * f_n + y * f_y + at * f_x)[:, None] + o_c[None, :] * f_c, mask=m, other=0.0).to(
-            tl.float32
-        )
+        b_x = tl.load(
+            x + (n * f_n + y * f_y + at * f_x)[:, None] + o_c[None, :].to(tl.int64) * f_c, mask=m, other=0.0
+        ).to(tl.float32)
         if SQUARES:
             b_x = tl.where(m, b_x - b_origin, 0.0)
         first += tl.sum(b_x, 0)
@@ -116,7 +116,7 @@ def materialise_kernel(
     m_c = o_c < C
     b_scale, b_shift = read_channels(scale, o_c, m_c), read_channels(shift, o_c, m_c)
     b_minus = read_channels(minus, o_c, m_c)
-    o_c = o_c[None, :]
+    o_c = o_c[None, :].to(tl.int64)  # times a stride: a channel of a contiguous image may lie anywhere in it
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         n, y, at = window_place(q, h, w, FLAT)
@@ -152,7 +152,7 @@ def compare_kernel(
     bd_scale, bd_shift = read_channels(d_scale, o_c, m_c), read_channels(d_shift, o_c, m_c)
     ba_scale, ba_shift = read_channels(a_scale, o_c, m_c), read_channels(a_shift, o_c, m_c)
     b_minus = read_channels(minus, o_c, m_c)
-    o_c = o_c[None, :]
+    o_c = o_c[None, :].to(tl.int64)
     squares = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -199,7 +199,7 @@ def grad_reverse_kernel(
     ba_scale, ba_shift = read_channels(a_scale, o_c, m_c), read_channels(a_shift, o_c, m_c)
     b_mean = read_channels(a_mean, o_c, m_c)
     p_sums = None if partials is None else partials + pid * 2 * C + o_c
-    o_c = o_c[None, :]
+    o_c = o_c[None, :].to(tl.int64)
     b_c2 = 0.0 if c2 is None else tl.load(c2).to(tl.float32)
     first, second = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     squares = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
@@ -255,7 +255,7 @@ def grad_forward_kernel(
     ba_scale, ba_shift = read_channels(a_scale, o_c, m_c), read_channels(a_shift, o_c, m_c)
     b_mean = read_channels(d_mean, o_c, m_c)
     p_sums = None if partials is None else partials + pid * 2 * C + o_c
-    o_c = o_c[None, :]
+    o_c = o_c[None, :].to(tl.int64)
     b_c2 = 0.0 if c2 is None else tl.load(c2).to(tl.float32)
     first, second = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
@@ -321,7 +321,7 @@ def combine_kernel(
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         n, y, at = window_place(q, h, w, FLAT)
         m = (q < count)[:, None] & m_c[None, :]
-        o = (n * f_n + y * f_y + at * f_x)[:, None] + o_c[None, :] * f_c
+        o = (n * f_n + y * f_y + at * f_x)[:, None] + o_c[None, :].to(tl.int64) * f_c
         b_g = tl.load(g + o, mask=m, other=0.0).to(tl.float32)
         b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
         tl.store(out + o, (b_k0 * b_g + b_k1 * (b_x - b_mean) + b_k2).to(out.dtype.element_ty), mask=m)
@@ -362,7 +362,7 @@ def finish_norm_kernel(
     var = square - off * off
     var = tl.where(var < 0, 0.0, var)  # NaN stays
     b_rstd = 1.0 / tl.sqrt(var + eps)
-    b_mean = read_origin(x, o_c * f_c, m_c).to(tl.float64) + off
+    b_mean = read_origin(x, o_c.to(tl.int64) * f_c, m_c).to(tl.float64) + off
     b_scale = b_rstd
     if weight is not None:
         b_scale = b_rstd * tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float64)

@@ -1,4 +1,8 @@
-"""Every configuration of every kernel that a launcher can choose, for ahead-of-time compilation (`make kernels`)."""
+"""What is compiled ahead of time (`make kernels`): every tile of every kernel that a launcher can choose.
+
+Tiles are whole. Where there is less to do than a tile holds, launchers choose a part of it, which needs no more
+registers and no more shared memory; `tests/test_triton_launch.py` compares what they choose with this list.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +53,7 @@ def of_pointwise(on: Device) -> Iterator[Shipped]:
     for dtype in ("fp32", "bf16"):
         for channels, last, window in (
             (256, True, (1, 1)), (256, True, (2, 2)), (64, True, (2, 2)), (3, True, (1, 1)), (64, False, (2, 2)),
+            (64, False, (1, 1)),
         ):  # fmt: skip
             blocks, _, options = configs.pointwise(1 << 20, channels, last, window[0] * window[1], on)
             layout = "channels_last" if last else "contiguous"
@@ -114,11 +119,11 @@ def _per_channel(
 
 
 def _finishing() -> Iterator[Shipped]:
-    for channels in (3, 512):
-        grid, blocks = (f"C={channels}", channels, True), configs.finishing(channels)
+    for channels, dtype in ((3, "bf16"), (512, "fp32")):
+        grid, blocks = (f"C={channels}", channels, channels < 16), configs.finishing(channels)
         sums = dict.fromkeys(["partials", "first", "second"], "fp32")
         entry = _entry(grid, pointwise.finish_sums_kernel, sums, blocks, {"num_warps": 4})
         yield entry._replace(signature={**entry.signature, "programs": "i32"})
-        norm = dict.fromkeys(["partials", "x", "weight", "bias", "mean", "rstd", "scale", "shift"], "fp32")
+        norm = dict.fromkeys(["partials", "weight", "bias", "mean", "rstd", "scale", "shift"], "fp32") | {"x": dtype}
         entry = _entry(grid, pointwise.finish_norm_kernel, norm, blocks, {"num_warps": 4})
         yield entry._replace(signature={**entry.signature, "programs": "i32", "eps": "fp32"})

@@ -73,7 +73,8 @@ def why_not_operation(weight: Tensor, tied: Tied, shape: Ints, given: Ints, fact
         return (
             f"the weight has sizes {tuple(weight.shape)} and {tied.groups} groups, y {given[1]} channels, u {shape[1]}"
         )
-    if max(prod(shape[1:]), prod(given[1:]), weight.numel(), shape[0] * prod(shape[2:])) > MOST_ELEMENTS:
+    pixels = shape[0] * max(prod(shape[2:]), prod(given[2:]))
+    if max(prod(shape[1:]), prod(given[1:]), weight.numel(), pixels) > MOST_ELEMENTS:
         return f"images, weights and the number of pixels are served up to {MOST_ELEMENTS}, got images of {shape[1:]}"
     return None
 

@@ -44,12 +44,26 @@ def shipped(architecture: str = "sm_90") -> Iterator[Shipped]:
             own = configs.weight_gemm(kind, others, channels, k * k, on)
             both = {**sizes, "FORWARD": True, "REVERSE": True}
             yield _entry(name, kernels.weight_gradient_kernel, kind, own, both, exact=exact)
+        yield from _contiguous(kind, on)
         own = configs.gemm("transposed", kind, 256, 64, 16, on)  # up-sampling folded, pooling undone in the epilogue
         sizes = {"KH": 4, "KW": 4, "SH": 2, "SW": 2, "FLAT": False, "PHASES": True}
         yield _entry("folded", kernels.transposed_kernel, kind, own, {**sizes, **_window(2)}, exact=True)
-    for programs in (4, 64):
+    for programs, kind in ((4, "half"), (64, "ieee")):
         constants = {"SIGN": 1, **configs.summing(programs)}
-        yield _entry(f"{programs} programs", kernels.sum_partials_kernel, "ieee", None, constants, exact=False)
+        yield _entry(f"{programs} programs", kernels.sum_partials_kernel, kind, None, constants, exact=False)
+
+
+def _contiguous(kind: str, on: Device) -> Iterator[Shipped]:
+    """The largest tiles with a weight (C_out, C_in, 3, 3) whose taps lie beside each other, not its channels."""
+    sizes = {"KH": 3, "KW": 3, "SH": 1, "SW": 1, "FLAT": False}
+    transposed, source = (configs.gemm(family, kind, 256, 256, 9, on) for family in ("transposed", "source"))
+    weight = configs.weight_gemm(kind, 256, 256, 9, on)
+    for kernel, own, more in (
+        (kernels.transposed_kernel, transposed, {**_window(1), "PHASES": False}),
+        (kernels.source_gradient_kernel, source, {}),
+        (kernels.weight_gradient_kernel, weight, {"FORWARD": True, "REVERSE": True}),
+    ):
+        yield _entry("contiguous weight", kernel, kind, own, {**sizes, **more}, exact=True, last=False)
 
 
 def _window(size: int) -> dict[str, int]:
@@ -57,14 +71,23 @@ def _window(size: int) -> dict[str, int]:
 
 
 def _entry(
-    name: str, kernel: Any, kind: str, own: configs.Gemm | None, constants: dict[str, Any], *, exact: bool
+    name: str,
+    kernel: Any,
+    kind: str,
+    own: configs.Gemm | None,
+    constants: dict[str, Any],
+    *,
+    exact: bool,
+    last: bool = True,
 ) -> Shipped:
-    """exact: all channels are divisible by 16."""
+    """exact: all channels are divisible by 16. last: the weight is channels_last."""
     given = {**_KNOWN, "PRECISION": "tf32" if kind == "tf32" else "ieee", **constants, **(own.blocks if own else {})}
-    given |= {"w_i": 1, "o_i": 1}  # channels of a channels_last weight: an argument that is 1 is a constant to Triton
+    # what lies beside each other in the weight: an argument that is 1 is a constant to Triton
+    given |= {"w_i": 1, "o_i": 1} if last else {"w_w": 1, "o_w": 1}
     known = {n: given[n] for n in kernel.arg_names if n in given}
     signature = {n: _type_of(n, "bf16" if kind == "half" else "fp32") for n in kernel.arg_names if n not in known}
-    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (exact and n in _STRIDES))
+    strides = _STRIDES if last else _STRIDES - {"w_h", "o_h"}
+    aligned = tuple(n for n, t in signature.items() if t.startswith("*") or (exact and n in strides))
     options = own.options if own else {"num_warps": 4}
     return Shipped(
         f"{kind} {name}", kernel, signature, known, options, aligned, matrix=own is not None and kind != "ieee"
