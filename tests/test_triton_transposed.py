@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from racecar_kernels.activations import TABLE
 from racecar_kernels.layer import Tied
@@ -330,12 +331,16 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def moved(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments on the device of the kernels."""
+    return tree_map_only(Tensor, lambda t: t.to(DEVICE), given)
+
+
 @pytest.mark.parametrize(("sentence", "changed"), REFUSED, ids=[s for s, _ in REFUSED])
 def test_why_not(sentence: str, changed: dict[str, Any]) -> None:
     served: dict[str, Any] = dict(y=Y, weight=WEIGHT, tied=TIED, shape=SHAPE)
-    assert fused.why_not(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in served.items()}) is None
-    moved = {**served, **changed}
-    reason = fused.why_not(**{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in moved.items()})
+    assert fused.why_not(**moved(served)) is None
+    reason = fused.why_not(**moved({**served, **changed}))
     assert reason is not None and re.search(sentence, reason)
 
 

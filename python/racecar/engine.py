@@ -92,6 +92,7 @@ class Engine:
         self.positive = False
         self.lam_tensor = torch.zeros(settings.layers, dtype=torch.float64)
         self._last_weights: tuple[Any, Tensor] | None = None
+        self._kept_factors: dict[tuple[Any, ...], Tensor] = {}
         self.run: Run | None = None
         self.result: Result | None = None
         self.chained = Chained(self, model)
@@ -269,7 +270,13 @@ class Engine:
         lam = self.lam_tensor.to(like.dtype)
         if self.settings.reduction != "mean":
             return lam * (factors[0] * self._processes())
-        return lam * torch.tensor(factors, dtype=like.dtype, device=like.device)
+        if torch.compiler.is_compiling():
+            return lam * torch.tensor(factors, dtype=like.dtype, device=like.device)
+        key = (tuple(factors), like.dtype, like.device)
+        if key not in self._kept_factors:  # a copy to the device waits for it, and a CUDA graph takes none
+            with torch.inference_mode(False):
+                self._kept_factors[key] = torch.tensor(factors, dtype=like.dtype, device=like.device)
+        return lam * self._kept_factors[key]
 
     def _processes(self) -> int:
         """`l2` and `sum` refer to the whole batch, while data-parallel training averages over the processes."""
