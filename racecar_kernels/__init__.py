@@ -4,6 +4,7 @@ reverse_layer     the reverse of one layer and its loss; chain it for a full rev
 deferred_layer    the same, computed in the backward pass only
 tied_chain        forward and reverse of a whole chain in one autograd node
 backends          names of the implementations, in order of preference
+autotune          measures the Triton kernels' configs, and keeps the best in a file
 why_not           why a backend cannot serve a layer
 show_config       versions, backends and what speaks against them
 """
@@ -12,6 +13,7 @@ from .backends import Query, backends, choose, why_not
 from .chain_ops import ChainReport
 from .config import show_config
 from .functional import deferred_layer, loss_factor, reverse_layer, reverse_layers, run_chain, tied_chain
+from .gpu.tuning import autotune
 from .layer import Activation, Chain, Latent, Layer, Norm, Pool, Segment, Tied, Upsample
 from .ops import Report
 from .undo import apply as undo_steps
@@ -29,6 +31,7 @@ __all__ = [
     "Segment",
     "Tied",
     "Upsample",
+    "autotune",
     "backends",
     "choose",
     "deferred_layer",

@@ -6,10 +6,13 @@ a GPU. `racecar bench --suite gpu` measures them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .device import Device
+
+Config = TypeVar("Config", "Pointwise", "Gemm", "Tile")
 
 
 class Pointwise(NamedTuple):
@@ -27,6 +30,47 @@ POINTWISE = {
     "sm_90": Pointwise(4096, 8, 8),
     "sm_100": Pointwise(4096, 8, 8),
 }
+MORE_POINTWISE = (Pointwise(2048, 4, 8), Pointwise(4096, 8, 8), Pointwise(2048, 8, 16))  # a warp's part is no larger
+
+
+# What tuning.py has measured, by architecture and shape class; and what was looked up since it last changed.
+_measured: dict[tuple[str, str], tuple[int, ...]] = {}
+_asked: dict[tuple[str, str], Any] = {}
+
+
+def overlay(architecture: str, entries: Mapping[str, tuple[int, ...]]) -> None:
+    """Takes these instead of the tables' own on an architecture."""
+    for key in [k for k in _measured if k[0] == architecture]:
+        del _measured[key]
+    _measured.update({(architecture, name): values for name, values in entries.items()})
+    _asked.clear()
+    for cached in (pointwise, gemm, weight_gemm, linear, linear_weight, linear_tied):
+        cached.cache_clear()
+
+
+def asked(architecture: str) -> dict[str, list[Any]]:
+    """Shape classes that were looked up since `overlay`, with their candidates, the one of the table first."""
+    found = {name: own for (where, name), own in _asked.items() if where == architecture}
+    return {name: [own, *(c for c in candidates(name, architecture) if c != own)] for name, own in found.items()}
+
+
+def candidates(name: str, architecture: str) -> tuple[Any, ...]:
+    """Every config of a shape class, "family/kind/class", that is compiled ahead of time. KeyError: there is none."""
+    family, kind, shape = name.split("/")
+    if family == "pointwise":
+        return tuple(dict.fromkeys((table_entry(POINTWISE, architecture), *MORE_POINTWISE)))
+    if family in GEMMS:
+        own = table_entry(GEMMS[family], architecture)[kind][shape]
+        return (own, *MORE_GEMMS.get((family, kind, shape), ()))
+    ragged, kernel = shape.startswith("ragged"), family.removeprefix("linear ")
+    return linear_tiles(architecture, not ragged)[kernel][kind]
+
+
+def _chosen(name: str, own: Config, on: Device) -> Config:
+    """What was measured for a shape class, else the table's own config."""
+    _asked[on.architecture, name] = own
+    measured = _measured.get((on.architecture, name))
+    return own if measured is None else type(own)(*measured)
 
 
 def table_entry(table: dict[str, Any], architecture: str) -> Any:
@@ -38,15 +82,17 @@ def table_entry(table: dict[str, Any], architecture: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def pointwise(
-    count: int, channels: int, last: bool, taps: int, on: Device
+    count: int, channels: int, last: bool, taps: int, on: Device, kind: str
 ) -> tuple[dict[str, int], tuple[int, int], dict[str, int]]:
     """Blocks, programs and compiler options for `count` windows of `taps` values and `channels` channels.
 
-    last: channels lie beside each other; else the windows of a channel do. A tile is smaller the more taps a window
-    has, and no larger than what there is to do.
+    kind: half or single, the width of what is read. last: channels lie beside each other; else the windows of a
+    channel do. A tile is smaller the more taps a window has, and no larger than what there is to do.
     """
-    entry: Pointwise = table_entry(POINTWISE, on.architecture)
-    elements = max(256, entry.elements // (1 if taps == 1 else 2 if taps <= 4 else 4))
+    part = 1 if taps == 1 else 2 if taps <= 4 else 4
+    name = f"pointwise/{kind}/{'channels_last' if last else 'contiguous'} {part}"
+    entry = _chosen(name, Pointwise(*table_entry(POINTWISE, on.architecture)), on)
+    elements = max(256, entry.elements // part)
     block_c = min(_power_of_two(channels), MOST_CHANNELS) if last else 1
     block_q = max(1, min(elements // block_c, _power_of_two(count)))
     across = -(-channels // block_c)
@@ -127,6 +173,13 @@ GEMMS: dict[str, dict[str, dict[str, dict[str, Gemm]]]] = {
     "source": {"sm_80": _TRANSPOSED, "sm_90": _TRANSPOSED, "sm_100": _TRANSPOSED},
     "weight": {"sm_80": _WEIGHT, "sm_90": _WEIGHT, "sm_100": _WEIGHT},
 }
+# What tuning may find to be quicker: smaller tiles, of which a multiprocessor holds more.
+MORE_GEMMS: Mapping[tuple[str, str, str], tuple[Gemm, ...]] = {
+    (family, kind, shape): (Gemm(64, 64, 32, 4, stages),)
+    for family in ("transposed", "source")
+    for kind, stages in (("half", 3), ("tf32", 2))
+    for shape in ("many", "point")
+} | {("weight", "half", shape): (Gemm(64, 64, 32, 4, 3),) for shape in ("many", "point")}
 
 
 def shape_class(channels: int, others: int, taps: int) -> str:
@@ -142,10 +195,15 @@ def shape_class(channels: int, others: int, taps: int) -> str:
     return "point" if taps == 1 else "many"
 
 
+def _gemm(family: str, kind: str, shape: str, on: Device) -> Gemm:
+    own: Gemm = table_entry(GEMMS[family], on.architecture)[kind][shape]
+    return _chosen(f"{family}/{kind}/{shape}", own, on)
+
+
 @lru_cache(maxsize=4096)
 def gemm(family: str, kind: str, channels: int, columns: int, taps: int, on: Device) -> Gemm:
     """Tile of `transposed` or `source`: a reduction over taps of `channels`; no wider than what there is to do."""
-    own: Gemm = table_entry(GEMMS[family], on.architecture)[kind][shape_class(channels, columns, taps)]
+    own = _gemm(family, kind, shape_class(channels, columns, taps), on)
     reduced = channels * taps if channels < FEW else channels
     return own._replace(n=_fit(columns, own.n), k=_fit(reduced, own.k))
 
@@ -153,7 +211,7 @@ def gemm(family: str, kind: str, channels: int, columns: int, taps: int, on: Dev
 @lru_cache(maxsize=4096)
 def weight_gemm(kind: str, rows: int, channels: int, taps: int, on: Device) -> Gemm:
     """Tile of the weight's gradient: C_out rows, taps of `channels` columns, a reduction over pixels."""
-    own: Gemm = table_entry(GEMMS["weight"], on.architecture)[kind][shape_class(channels, rows, taps)]
+    own = _gemm("weight", kind, shape_class(channels, rows, taps), on)
     columns = channels * taps if channels < FEW else channels
     return own._replace(m=_fit(rows, own.m), n=_fit(columns, own.n))
 
@@ -306,7 +364,9 @@ def linear_finishing(count: int) -> dict[str, int]:
 def _tile(kernel: str, math: str, rows: int, columns: int, depth: int, on: Device, aligned: bool) -> Tile:
     """The largest tile that gives every multiprocessor one, else the smallest; no larger than what there is to do."""
     tiles = linear_tiles(on.architecture, aligned)[kernel][math]
-    tile = next((t for t in tiles if _count(t, rows, columns) >= on.multiprocessors), tiles[-1])
+    own = next((t for t in tiles if _count(t, rows, columns) >= on.multiprocessors), tiles[-1])
+    shape = f"{'aligned' if aligned else 'ragged'} {'large' if own == tiles[0] else 'small'}"
+    tile = _chosen(f"linear {kernel}/{math}/{shape}", own, on)
     r, c, d = (max(16, min(most, _power_of_two(n))) for most, n in zip(tile[:3], (rows, columns, depth), strict=True))
     return tile._replace(rows=r, columns=c, depth=d)
 

@@ -46,6 +46,11 @@ def of(t: Tensor) -> Device:
     return _cuda(t.device.index or 0) if t.device.type == "cuda" else INTERPRETER
 
 
+def current() -> Device:
+    """The device on which work is done where no tensor says otherwise."""
+    return _cuda(torch.cuda.current_device()) if torch.cuda.is_available() else INTERPRETER
+
+
 @lru_cache
 def _cuda(index: int) -> Device:
     own = torch.cuda.get_device_properties(index)

@@ -29,6 +29,7 @@ from . import configs, device
 from . import linear_kernels as kernels
 from .pointwise import _activation as activation
 from .shipped import Shipped
+from .tuning import launcher
 
 Act = tuple[str, tuple[Any, ...]]
 """An activation's name and arguments, as in `activations.TABLE`."""
@@ -95,6 +96,7 @@ def fits(weight: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------- forward and reverse
 
 
+@launcher
 def linear(p: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act = IDENTITY, *, tf32: bool = False) -> Tensor:
     """y = act(p Wᵀ + b), rows × out. tf32: float32 is multiplied in the matrix units, with 10 bits of mantissa."""
     _serve(p, weight, bias=bias, acts=[act])
@@ -102,13 +104,14 @@ def linear(p: Tensor, weight: Tensor, bias: Tensor | None = None, act: Act = IDE
     y = p.new_empty(rows, outputs)
     number, values = activation(*act, p.dtype)
     grid, known = _product("product", (p, weight, y), rows, outputs, inputs, tf32)
-    _launch(
-        kernels.linear_fwd_kernel, grid, p, weight, bias, y, rows, inputs, outputs, *_strides(p, weight, y), *values,
+    kernels.linear_fwd_kernel[grid](
+        p, weight, bias, y, rows, inputs, outputs, *_strides(p, weight, y), *values,
         ACT=number, **known,
     )  # fmt: skip
     return y
 
 
+@launcher
 def reverse(
     y: Tensor,
     weight: Tensor,
@@ -125,13 +128,14 @@ def reverse(
     number, values = activation(*act, y.dtype)
     grid, known = _product("product", (y, weight, p, a), rows, inputs, outputs, tf32)
     partials = None if p is None else y.new_empty(grid[0], dtype=torch.float32)
-    _launch(
-        kernels.reverse_fwd_kernel, grid, y, p, weight, bias, a, partials, rows, inputs, outputs,
+    kernels.reverse_fwd_kernel[grid](
+        y, p, weight, bias, a, partials, rows, inputs, outputs,
         *_strides(y, p, weight, a), *values, ACT=number, **known,
     )  # fmt: skip
     return a, None if partials is None else partials.sum()
 
 
+@launcher
 def tied(
     p: Tensor,
     weight: Tensor,
@@ -156,8 +160,8 @@ def tied(
     math = _math(p, tf32)
     blocks, grid, options = configs.linear_tied(math, rows, inputs, outputs, device.of(p), _aligned(p, weight, y))
     partials = p.new_empty(grid, dtype=torch.float32)
-    _launch(
-        kernels.tied_fwd_kernel, grid, p, weight, bias, y, a, partials, rows, inputs, outputs,
+    kernels.tied_fwd_kernel[grid](
+        p, weight, bias, y, a, partials, rows, inputs, outputs,
         *_strides(p, weight, y, a), *f_values, *r_values, F_ACT=f_act, R_ACT=r_act, PRECISION=_precision(math),
         **blocks, **options,
     )  # fmt: skip
@@ -167,6 +171,7 @@ def tied(
 # ------------------------------------------------------------------------------------------- backward
 
 
+@launcher
 def grad_source(
     r: Reversed, *, own: Act | None = None, g_out: Tensor | None = None, needs_y: bool = True, tf32: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -184,14 +189,15 @@ def grad_source(
     partials = None if r.bias is None else r.y.new_empty(blocks, outputs, dtype=torch.float32)
     (r_act, r_values), (f_act, f_values) = activation(*r.act, r.y.dtype), activation(*(own or IDENTITY), r.y.dtype)
     y = None if own is None else r.y
-    _launch(
-        kernels.grad_source_kernel, grid, r.a, r.p, r.g_in, r.c2, r.weight, y, g_out, out, partials, rows, inputs,
+    kernels.grad_source_kernel[grid](
+        r.a, r.p, r.g_in, r.c2, r.weight, y, g_out, out, partials, rows, inputs,
         outputs, *_strides(r.a, r.p, r.g_in, r.weight, y, g_out, out), *r_values, *f_values, R_ACT=r_act, F_ACT=f_act,
         **known,
     )  # fmt: skip
     return out, None if partials is None else _finish(partials, partials.new_empty(outputs))
 
 
+@launcher
 def grad_weight(
     r: Reversed, g_c: Tensor | None = None, *, reverse: bool = True, splits: int | None = None, tf32: bool = False
 ) -> Tensor:
@@ -209,21 +215,22 @@ def grad_weight(
     blocks, grid, each, options = configs.linear_weight(math, rows, inputs, outputs, device.of(r.y), aligned, splits)
     dw = r.weight.new_empty(outputs, inputs)
     partials = dw if grid[1] == 1 else dw.new_empty(grid[1], outputs * inputs, dtype=torch.float32)
-    _launch(
-        kernels.grad_weight_kernel, grid, r.y, r.bias, r.a, r.p, r.g_in, r.c2, g_c, partials, rows, inputs, outputs,
+    kernels.grad_weight_kernel[grid](
+        r.y, r.bias, r.a, r.p, r.g_in, r.c2, g_c, partials, rows, inputs, outputs,
         each, *_strides(r.y, r.a, r.p, r.g_in, g_c), *values, ACT=number, REVERSE=reverse,
         PRECISION=_precision(math), **blocks, **options,
     )  # fmt: skip
     return dw if partials is dw else _finish(partials, dw)
 
 
+@launcher
 def grad_input(g_c: Tensor, r: Reversed, *, tf32: bool = False) -> Tensor:
     """g_c W + c2 (p - a), rows × in: what p receives from the forward and from the residual. g_c: rows × out."""
     rows, inputs, outputs = _check(r, g_c)
     out = g_c.new_empty(rows, inputs)
     grid, known = _product("product", (g_c, r.weight, r.a, r.p), rows, inputs, outputs, tf32)
-    _launch(
-        kernels.grad_input_kernel, grid, g_c, r.weight, r.a, r.p, r.c2, out, rows, inputs, outputs,
+    kernels.grad_input_kernel[grid](
+        g_c, r.weight, r.a, r.p, r.c2, out, rows, inputs, outputs,
         *_strides(g_c, r.weight, r.a, r.p, out), **known,
     )  # fmt: skip
     return out
@@ -293,17 +300,12 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.stride(0) for t in tensors]
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *rest: Any, **known: Any) -> None:
-    with torch.cuda.device_of(first):  # Triton launches on the current device
-        kernel[grid](first, *rest, **known)
-
-
 def _finish(partials: Tensor, out: Tensor) -> Tensor:
     """out = Σ partials over the first dimension."""
     count, size = partials.shape
     blocks = configs.linear_finishing(count)
     grid = (triton.cdiv(size, blocks["BLOCK_C"]),)
-    _launch(kernels.finish_kernel, grid, partials, out, count, size, **blocks)
+    kernels.finish_kernel[grid](partials, out, count, size, **blocks)
     return out
 
 

@@ -19,6 +19,7 @@ from ..lazy import BatchNorm, Gradient, Lazy, Window
 from ..pointwise import Family, convolved_ref, grad_weight_ref, numbered
 from . import configs, device
 from . import pointwise_kernels as kernels
+from .tuning import launcher
 
 MOST_TAPS = 64  # of a pooling window: they are unrolled
 MOST_WINDOWS = 2**31 - 2**16  # they are numbered with 32 bits
@@ -71,6 +72,7 @@ def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | Non
     return None
 
 
+@launcher
 def channel_sum(g: Tensor) -> Tensor:
     if not _served(g):
         return ref.channel_sum_ref(g)
@@ -81,6 +83,7 @@ def channel_sum(g: Tensor) -> Tensor:
     return total
 
 
+@launcher
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> BatchNorm:
     if not _served(x) or any(t is not None and t.dtype == torch.float64 for t in (weight, bias)):
         return ref.batch_norm_ref(x, weight, bias, eps)
@@ -101,6 +104,7 @@ def batch_norm_backward_(g: Tensor, x: Tensor, norm: BatchNorm, total: Tensor, w
     return norm_input_grad_(g, x, norm.mean, norm.scale, with_x * norm.rstd.square() * per, total * per)
 
 
+@launcher
 def norm_input_grad_(g: Tensor, x: Tensor, mean: Tensor, k0: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
     if not _served(g, x):
         return ref.norm_input_grad_ref_(g, x, mean, k0, k1, k2)
@@ -112,6 +116,7 @@ def norm_input_grad_(g: Tensor, x: Tensor, mean: Tensor, k0: Tensor, k1: Tensor,
     return g
 
 
+@launcher
 def materialise(
     lazy: Lazy,
     window: Window = None,
@@ -140,12 +145,14 @@ def materialise(
     return lazy.x if full and nothing else whole, small
 
 
+@launcher
 def sum_of_squares(d: Lazy, a: Lazy, window: Window = None) -> Tensor:
     if not _served(d, a, window=window):
         return ref.sum_of_squares_ref(d, a, window)
     return _compare(d, a, window, None, None)
 
 
+@launcher
 def compare(d: Lazy, a: Lazy, window: Window = None, *, minus: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if not _served(d, a, window=window):
         return ref.compare_ref(d, a, window, minus=minus)
@@ -153,6 +160,7 @@ def compare(d: Lazy, a: Lazy, window: Window = None, *, minus: Tensor | None = N
     return _compare(d, a, window, minus, source), source
 
 
+@launcher
 def grad_reverse(
     d: Lazy,
     a: Lazy,
@@ -184,6 +192,7 @@ def grad_reverse(
     return _gradient(out, partials, affine, squares)
 
 
+@launcher
 def grad_forward(
     d: Lazy,
     a: Lazy | None,
@@ -246,7 +255,8 @@ def make_grid(x: Tensor, window: Window, last: bool) -> Grid:
     h, w = height // kh, width // kw
     constants = {"KH": kh, "KW": kw, "RAGGED_H": height - h * kh, "RAGGED_W": width - w * kw, "FLAT": h * w == 1}
     count = n * h * w
-    blocks, programs, options = configs.pointwise(count, channels, last or width == 1, kh * kw, device.of(x))
+    kind = "single" if x.dtype == torch.float32 else "half"
+    blocks, programs, options = configs.pointwise(count, channels, last or width == 1, kh * kw, device.of(x), kind)
     return Grid(
         count,
         h,

@@ -50,12 +50,12 @@ def everything(architecture: int) -> Iterator[Shipped]:
 
 def of_pointwise(on: Device) -> Iterator[Shipped]:
     """Every tile of the table, each with the arguments that take most registers; a cheaper case of the usual one."""
-    for dtype in ("fp32", "bf16"):
+    for dtype, kind in (("fp32", "single"), ("bf16", "half")):
         for channels, last, window in (
             (256, True, (1, 1)), (256, True, (2, 2)), (64, True, (2, 2)), (3, True, (1, 1)), (64, False, (2, 2)),
             (64, False, (1, 1)),
         ):  # fmt: skip
-            blocks, _, options = configs.pointwise(1 << 20, channels, last, window[0] * window[1], on)
+            blocks, _, options = configs.pointwise(1 << 20, channels, last, window[0] * window[1], on, kind)
             layout = "channels_last" if last else "contiguous"
             grid = (f"{dtype} C={channels} {layout} {window[0]}x{window[1]}", channels, last)
             yield from _with_window(grid, dtype, window, blocks, options, cheap=channels == 64 and last)

@@ -39,6 +39,7 @@ from .transposed_operands import (
     why_not_residual,
 )
 from .transposed_shipped import shipped as shipped
+from .tuning import launcher
 
 
 class Result(NamedTuple):
@@ -79,6 +80,7 @@ def why_not_gradient(incoming: Incoming, window: Window = None) -> str | None:
     return None
 
 
+@launcher
 def forward(
     y: Lazy,
     weight: Tensor,
@@ -135,6 +137,7 @@ def forward(
     return Result(kept, None if partials is None else partials.sum(), to_source)
 
 
+@launcher
 def source_gradient(
     incoming: Incoming,
     weight: Tensor,
@@ -167,6 +170,7 @@ def source_gradient(
     return out, total
 
 
+@launcher
 def weight_gradient(
     weight: Tensor,
     tied: Tied,

@@ -48,9 +48,23 @@ def shipped(architecture: str = "sm_90") -> Iterator[Shipped]:
         own = configs.gemm("transposed", kind, 256, 64, 16, on)  # up-sampling folded, pooling undone in the epilogue
         sizes = {"KH": 4, "KW": 4, "SH": 2, "SW": 2, "FLAT": False, "PHASES": True}
         yield _entry("folded", kernels.transposed_kernel, kind, own, {**sizes, **_window(2)}, exact=True)
+    for (family, kind, shape), more in configs.MORE_GEMMS.items():
+        yield from (_tunable(family, kind, shape, own) for own in more)
     for programs, kind in ((4, "half"), (64, "ieee")):
         constants = {"SIGN": 1, **configs.summing(programs)}
         yield _entry(f"{programs} programs", kernels.sum_partials_kernel, kind, None, constants, exact=False)
+
+
+def _tunable(family: str, kind: str, shape: str, own: configs.Gemm) -> Shipped:
+    """What only tuning chooses, with whole channels."""
+    k = _SHAPES[shape][1]
+    sizes = {"KH": k, "KW": k, "SH": 1, "SW": 1, "FLAT": False}
+    kernel, constants = {
+        "transposed": (kernels.transposed_kernel, {**sizes, **_window(1), "PHASES": False}),
+        "source": (kernels.source_gradient_kernel, sizes),
+        "weight": (kernels.weight_gradient_kernel, {**sizes, "FORWARD": True, "REVERSE": True}),
+    }[family]
+    return _entry(f"tuned {shape}", kernel, kind, own, constants, exact=True)
 
 
 def _contiguous(kind: str, on: Device) -> Iterator[Shipped]:
