@@ -1,7 +1,6 @@
-// The kernels of a chain of linear layers. Each .cpp that includes this compiles them for one level of SIMD
-// instructions: RACECAR_NAMESPACE is the level's own namespace, so that the linker never mixes the levels up;
-// RACECAR_CHAIN_LEVEL names the table; RACECAR_FMA says whether there is a fused multiply-add; RACECAR_VECTOR is a
-// register's size in bytes. For the same reason nothing of the standard library is instantiated here.
+// The kernels of a chain of linear layers, compiled by level.inl for each level of SIMD instructions. RACECAR_NAMESPACE
+// is the level's own namespace, so that the linker never mixes the levels up; RACECAR_CHAIN_LEVEL names the table. For
+// the same reason nothing of the standard library is instantiated here.
 //
 // A block of rows goes through the whole chain, forth and back, before the next one begins: memory sees the input, the
 // output and what is kept, nothing else.

@@ -3,28 +3,9 @@
 #include "linear_chain.h"
 
 #if defined(RACECAR_X86_LEVELS)
-
-#include <immintrin.h>
-
+#define RACECAR_AVX 2
 #define RACECAR_NAMESPACE chain_avx2
 #define RACECAR_CHAIN_LEVEL avx2_chain_level
-#define RACECAR_NAME "avx2"
-#define RACECAR_FMA 1
-#define RACECAR_VECTOR 32
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-
-#include "linear_chain.inl"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
+#define RACECAR_KERNELS "linear_chain.inl"
+#include "level.inl"
 #endif

@@ -2,16 +2,8 @@
 
 #include "linear_chain.h"
 
+#define RACECAR_AVX 0
 #define RACECAR_NAMESPACE chain_baseline
 #define RACECAR_CHAIN_LEVEL baseline_chain_level
-#define RACECAR_NAME "baseline"
-#if defined(__aarch64__)
-#define RACECAR_FMA 1
-#else
-#define RACECAR_FMA 0
-#endif
-#if defined(__GNUC__) || defined(__clang__)
-#define RACECAR_VECTOR 16
-#endif
-
-#include "linear_chain.inl"
+#define RACECAR_KERNELS "linear_chain.inl"
+#include "level.inl"

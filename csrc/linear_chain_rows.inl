@@ -10,15 +10,11 @@ template <class F> RACECAR_INLINE void each(int64_t n, F f) {
     f(i);
 }
 
-// A register full of numbers; a number alone where the compiler knows no such type.
-#if defined(RACECAR_VECTOR)
+// A register full of numbers.
 template <class T> struct Register {
   typedef T Type __attribute__((vector_size(RACECAR_VECTOR)));
 };
 template <class T> using Pack = typename Register<T>::Type;
-#else
-template <class T> using Pack = T;
-#endif
 template <class T> constexpr int64_t kLanes = sizeof(Pack<T>) / sizeof(T);
 
 template <class T> RACECAR_INLINE Pack<T> pack(const T *from) {
@@ -28,7 +24,6 @@ template <class T> RACECAR_INLINE Pack<T> pack(const T *from) {
 }
 template <class T> RACECAR_INLINE void unpack(Pack<T> x, T *to) { __builtin_memcpy(to, &x, sizeof(x)); }
 
-#if defined(RACECAR_VECTOR)
 #if RACECAR_VECTOR == 64
 RACECAR_INLINE Pack<float> fused(Pack<float> x, Pack<float> y, Pack<float> z) {
   return bit_cast<Pack<float>>(_mm512_fmadd_ps(bit_cast<__m512>(x), bit_cast<__m512>(y), bit_cast<__m512>(z)));
@@ -47,10 +42,6 @@ RACECAR_INLINE Pack<double> fused(Pack<double> x, Pack<double> y, Pack<double> z
 template <class V> RACECAR_INLINE V fused(V x, V y, V z) { return x * y + z; }
 #endif
 template <class T> RACECAR_INLINE Pack<T> all_lanes(T x) { return x - Pack<T>{}; }
-#else
-template <class T> RACECAR_INLINE T fused(T x, T y, T z) { return muladd(x, y, z); }
-template <class T> RACECAR_INLINE T all_lanes(T x) { return x; }
-#endif
 
 // out[o] = start[o] + Σ_i w(o, i) in[i] for `outs` features at once; without start, from 0.
 template <int outs, class T>

@@ -1,7 +1,6 @@
-// The kernels of the pointwise family. Each .cpp that includes this compiles them for one level of SIMD instructions:
-// RACECAR_NAMESPACE is the level's own namespace, so that the linker never mixes the levels up; RACECAR_LEVEL names the
-// table; RACECAR_FMA says whether there is a fused multiply-add, RACECAR_VECTOR how many bytes a register holds. For
-// the same reason no header is included here, and nothing of the standard library is instantiated.
+// The kernels of the pointwise family, compiled by level.inl for each level of SIMD instructions. RACECAR_NAMESPACE is
+// the level's own namespace, so that the linker never mixes the levels up; RACECAR_LEVEL names the table. For the same
+// reason no header is included here, and nothing of the standard library is instantiated.
 //
 // A tile goes through a chain of short loops over rows in the first-level cache; main memory is read and written once.
 

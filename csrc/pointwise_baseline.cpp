@@ -2,15 +2,8 @@
 
 #include "pointwise.h"
 
+#define RACECAR_AVX 0
 #define RACECAR_NAMESPACE baseline
 #define RACECAR_LEVEL baseline_level
-#define RACECAR_NAME "baseline"
-#if defined(__aarch64__)
-#define RACECAR_FMA 1
-#define RACECAR_VECTOR 16
-#else
-#define RACECAR_FMA 0
-#define RACECAR_VECTOR 16
-#endif
-
-#include "pointwise.inl"
+#define RACECAR_KERNELS "pointwise.inl"
+#include "level.inl"
