@@ -85,6 +85,22 @@ def test_reverse_loss_before_any_forward() -> None:
     assert net.reverse_losses == {}
 
 
+@pytest.mark.parametrize("memory", ["store", "recompute", "deferred"])
+@pytest.mark.parametrize("watched", [False, True], ids=["as one node", "layer by layer"])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_an_input_on_another_device_is_refused(kind: str, watched: bool, memory: str) -> None:
+    op = nn.Conv2d(3, 2, 1) if kind == "conv" else nn.Linear(3, 2)
+    net = racecar.wrap(nn.Sequential(op, nn.ReLU()), 1.0, variant="local", memory=memory)
+    if watched:
+        net[1].register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 3, 4, 3)
+    with pytest.raises(ValueError, match="layer '0' received a tensor on meta, its weight is on cpu; move the model"):
+        net(x.to("meta"))
+    assert net(x).shape == op(x).shape  # nothing is left behind
+    with pytest.raises(ValueError, match="layer ('0' received|1: weight is on meta, x is on cpu)"):
+        net.to("meta")(x)
+
+
 def test_empty_batches_are_refused() -> None:
     with pytest.raises(ValueError, match=r"at least one; layer '0' received \(0, 3\)"):
         racecar.wrap(mlp(3, 2), 1.0)(torch.randn(0, 3))

@@ -92,7 +92,9 @@ class Chained:
             return "the input is not one plain tensor"
         if torch._C._are_functorch_transforms_active():
             return "the forward is being transformed"
-        if args[0].device.type == "meta" or torch.is_autocast_enabled(args[0].device.type):
+        if args[0].device.type == "meta":  # autocast does not know it
+            return "the input holds no numbers"
+        if torch.is_autocast_enabled(args[0].device.type):
             return "autocast is on"
         return self.why_not_model(engine, model)
 

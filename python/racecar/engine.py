@@ -186,7 +186,13 @@ class Engine:
         return self.run
 
     def check_input(self, d: Tensor) -> None:
-        dims = describe.tied_of(self.plan.layers[0].op).dims
+        op = self.plan.layers[0].op
+        dims, device = describe.tied_of(op).dims, op.weight.device
+        if d.device != device:
+            raise ValueError(
+                f"layer {self.plan.names[0]!r} received a tensor on {d.device}, its weight is on {device}; move the "
+                "model or its input, so that both are on one device"
+            )
         if dims and d.dim() != dims + 2:
             raise ValueError(
                 f"the reverse pass needs batches, (batch, channels, {dims} spatial sizes) here; layer "
