@@ -39,8 +39,6 @@ public:
   LinearChain(std::vector<Elementwise> latents, std::vector<bool> compare, bool full, int64_t widest)
       : latents_(std::move(latents)), compare_(std::move(compare)), full_(full), widest_(widest) {}
 
-  size_t layers() const { return compare_.size(); }
-
   // Whether forward and backward can take these: tensors of one type, on the CPU, of shapes that fit.
   bool serves(const at::Tensor &x, const Gradients &weights, const std::vector<MaybeTensor> &biases) const;
 

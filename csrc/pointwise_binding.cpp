@@ -80,6 +80,7 @@ bool serves(const std::vector<Tensor> &tensors, bool pooled) {
 
 // --- the functions ----------------------------------------------------------------------------------------------
 
+// Mean and biased variance per channel.
 std::tuple<Tensor, Tensor> channel_stats(const Tensor &x) {
   Call call(x, {}, {});
   const int64_t channels = x.size(1), count = channels ? x.numel() / channels : 0;
@@ -282,7 +283,6 @@ void bind_pointwise(pybind11::module_ &module) {
   module.def("simd_level", &simd_level, "The level in use.");
   module.def("set_simd_level", &set_simd_level, "Chooses a level, for tests and measurements; not while kernels run.");
   module.def("serves", &serves);
-  module.def("channel_stats", &channel_stats, no_gil);
   module.def("channel_sum", &channel_sum, no_gil);
   module.def("materialise", &materialise, no_gil);
   module.def("compare", &compare, no_gil);

@@ -23,7 +23,6 @@ from .lazy import BatchNorm, Convolved, Gradient, Lazy, Window
 from .pointwise_ref import (
     batch_norm_backward_ref_,
     batch_norm_ref,
-    channel_stats_ref,
     channel_sum_ref,
     check_in_place,
     check_wanted,
@@ -85,12 +84,6 @@ def served(act: str, args: tuple[Any, ...]) -> bool:
     return act in _KERNELS and (act == "identity" or TABLE[act].from_output(*args))
 
 
-def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel, accumulated in double; float32, or float64 for float64."""
-    module = _module(x)
-    return channel_stats_ref(x) if module is None else module.channel_stats(x)
-
-
 def channel_sum(g: Tensor) -> Tensor:
     """Σ g per channel, accumulated in double, the same for any number of threads; float32, or float64 for float64."""
     module = _module(g)
@@ -98,7 +91,10 @@ def channel_sum(g: Tensor) -> Tensor:
 
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> BatchNorm:
-    """The statistics that a batch norm takes of x, and the affine that it then is: one pass over x."""
+    """The statistics that a batch norm takes of x, and the affine that it then is: one pass over x.
+
+    Accumulated in double; float32, or float64 for float64.
+    """
     module = _module(x)
     return (
         batch_norm_ref(x, weight, bias, eps) if module is None else BatchNorm(*module.batch_norm(x, weight, bias, eps))

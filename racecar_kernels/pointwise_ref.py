@@ -17,17 +17,12 @@ from .layer import Pool, Step, Upsample
 from .lazy import BatchNorm, Gradient, Lazy, Window
 
 
-def channel_stats_ref(x: Tensor) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(x.to(_wide(x)), _others(x), correction=0)
-    return mean, var
-
-
 def channel_sum_ref(g: Tensor) -> Tensor:
     return _sum(g.to(_wide(g)))
 
 
 def batch_norm_ref(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> BatchNorm:
-    mean, var = channel_stats_ref(x)
+    var, mean = torch.var_mean(x.to(_wide(x)), _others(x), correction=0)
     rstd = (var + eps).rsqrt_()
     scale = rstd if weight is None else rstd * weight.reshape(-1)
     return BatchNorm(mean, rstd, scale, -mean * scale if bias is None else bias.reshape(-1) - mean * scale)

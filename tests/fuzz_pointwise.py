@@ -28,10 +28,10 @@ ARGUMENTS = {
 PIECEWISE = ("identity", "relu", "relu6", "hardtanh", "leaky_relu")
 ACTS = ("identity", *(name for name in TABLE if name != "prelu"), *PIECEWISE)
 FUNCTIONS = (
-    "channel_stats", "channel_sum", "batch_norm", "batch_norm_backward_", "norm_input_grad_", "materialise",
+    "channel_sum", "batch_norm", "batch_norm_backward_", "norm_input_grad_", "materialise",
     "sum_of_squares", "compare", "grad_reverse", "grad_forward", "grad_reverse", "grad_forward",
 )  # fmt: skip
-MEASURING = ("channel_stats", "batch_norm", "batch_norm_backward_")  # divide
+MEASURING = ("batch_norm", "batch_norm_backward_")  # divide
 TENSORS = ("x", "scale", "shift", "mean")
 FAULTS = ("a of another size", "window beyond the image", "shift of another length", "an activation of no name")
 
@@ -239,7 +239,6 @@ def call(case: PointwiseCase, o: Operands, *, ref: bool) -> list[Tensor]:
         o.g_full if second else None,
     )  # fmt: skip
     given: dict[str, Callable[[], object]] = {
-        "channel_stats": lambda: f(o.d.x),
         "channel_sum": lambda: f(o.d.x),
         "batch_norm": lambda: f(o.d.x, o.k[0] if case.extra else None, o.k[1] if case.mean else None, 0.1),
         "batch_norm_backward_": lambda: f(o.g_full, o.d.x, BatchNorm(*o.k), o.k[2], o.k[3]),

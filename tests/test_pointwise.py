@@ -41,8 +41,6 @@ def _poisoned_and_best_level():
 
 
 OURS, PLAIN = functions(pointwise.KERNELS), functions(pointwise.PLAIN)
-OURS["channel_stats"] = lambda s: given(pointwise.channel_stats(s.d.x))
-PLAIN["channel_stats"] = lambda s: given(pointwise.channel_stats_ref(s.d.x))
 
 
 def served(s: Sample) -> bool:
@@ -168,11 +166,11 @@ def test_statistics_keep_their_digits(level: str) -> None:
     x[0, :, 0, 0] = -1e6
     for t in (x, x.float(), x.float().contiguous(memory_format=torch.channels_last)):
         var, mean = torch.var_mean(t.double(), (0, 2, 3), correction=0)
-        got = pointwise.channel_stats(t)
-        torch.testing.assert_close(got[0].double(), mean, rtol=1e-7, atol=0)
-        torch.testing.assert_close(got[1].double(), var, rtol=1e-7, atol=0)
-    assert pointwise.channel_stats(torch.full((3, 2), 7.3))[1].tolist() == [0, 0]
-    assert pointwise.channel_stats(torch.tensor([[torch.inf], [1.0]]))[0].item() == torch.inf
+        got = pointwise.batch_norm(t, None, None, 0.0)
+        torch.testing.assert_close(got.mean.double(), mean, rtol=1e-7, atol=0)
+        torch.testing.assert_close(got.rstd.double(), var.rsqrt(), rtol=1e-7, atol=0)
+    assert pointwise.batch_norm(torch.full((3, 2), 7.3), None, None, 0.0).rstd.tolist() == [torch.inf] * 2
+    assert pointwise.batch_norm(torch.tensor([[torch.inf], [1.0]]), None, None, 0.0).mean.item() == torch.inf
 
 
 def test_in_place_reuses_the_memory() -> None:
