@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from racecar.measure import Spread, kept_bytes, peak_bytes, ratios, step_times
+from racecar.measure import Spread, Timing, kept_bytes, peak_bytes, ratios, step_times
 
 from .contestants import CONTESTANTS, LAM, STD, CannotRunError, Contestant, Forward
 from .gradients import check_gradients
@@ -159,41 +159,62 @@ def measure_network(
     torch.manual_seed(0)
     net = network.model(narrow=tiny).to(device, dtype)
     x = network.inputs(batch or network.batch, tiny=tiny).to(device, dtype)
-    kept, peak, steps, least = {}, {}, {}, {}
+    prepared: dict[str, Prepared] = {}
     for contestant in chosen:
-        name = contestant.name
-        if name in skipped:
+        if contestant.name in skipped:
             continue
-        stage(name)
-        own = copy.deepcopy(net)
+        stage(contestant.name)
         try:
-            forward = contestant.prepare(own, x, LAM)
-            step = _step(own, forward)
-            step()  # what is allocated once and for all is no one's cost per step
+            prepared[contestant.name] = prepare(contestant, net, x, device)
         except CannotRunError as reason:
-            skipped[name] = str(reason)
-            continue
-        kept[name], peak[name] = kept_bytes(forward, own.parameters()), peak_bytes(step, device=device)
-        steps[name] = step
-        least[name] = None if contestant.variant is None else least_ratio(net, x, contestant.variant)
+            skipped[contestant.name] = str(reason)
     stage("timing")
+    steps = {name: own.step for name, own in prepared.items()}
     times = step_times(steps, rounds=rounds, warmup=warmup, device=device, progress=progress)
-    relative = ratios(times, STD)
-    base = max(1, peak[STD])  # 0 where the old gradients, let go as a step begins, outweigh a tiny input's everything
-    results = [
+    return Measured(network.title, x.shape[0], results_of(prepared, times), tiny, skipped)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contestant's step, and what is known of it before it is timed: bytes, and the least multiplications."""
+
+    step: Callable[[], None]
+    kept: int
+    peak: int
+    least: float | None
+
+
+def prepare(contestant: Contestant, net: nn.Module, x: Tensor, device: torch.device | str) -> Prepared:
+    """Runs the contestant's step on a copy of the network; raises CannotRunError where it cannot."""
+    own = copy.deepcopy(net)
+    forward = contestant.prepare(own, x, LAM)
+    step = _step(own, forward)
+    step()  # what is allocated once and for all is no one's cost per step
+    return Prepared(
+        step,
+        kept=kept_bytes(forward, own.parameters()),
+        peak=peak_bytes(step, device=device),
+        least=None if contestant.variant is None else least_ratio(net, x, contestant.variant),
+    )
+
+
+def results_of(prepared: Mapping[str, Prepared], times: Mapping[str, Timing]) -> list[Result]:
+    """Everybody's figures, and their ratios to plain training's."""
+    relative, std = ratios(times, STD), prepared[STD]
+    base = max(1, std.peak)  # 0 where the old gradients, let go as a step begins, outweigh a tiny input's everything
+    return [
         Result(
             contestant=name,
             time=Quantiles.of(times[name]),
             time_ratio=Quantiles.of(relative[name]),
-            kept=kept[name],
-            kept_ratio=kept[name] / kept[STD],
-            peak=peak[name],
-            peak_ratio=peak[name] / base,
-            least=least[name],
+            kept=own.kept,
+            kept_ratio=own.kept / std.kept,
+            peak=own.peak,
+            peak_ratio=own.peak / base,
+            least=own.least,
         )
-        for name in steps
+        for name, own in prepared.items()
     ]
-    return Measured(network.title, x.shape[0], results, tiny, skipped)
 
 
 def _step(net: nn.Module, forward: Forward) -> Callable[[], None]:

@@ -109,12 +109,7 @@ def run_phase(
         scheduler=scheduler,
         parameters=parameters,
     )
-    keepers: list[Callback] = []
-    if place is not None:
-        # Last: what it saves then holds what the others have found out about this epoch.
-        keepers.append(KeepResumable(place, 0.0 if patience is not None else save_every_s))
-    if patience is not None:
-        keepers = [*early_stop(patience, monitor, place), *keepers]
+    keepers = keepers_of(place, save_every_s, patience, monitor)
     with isolate_rng(), quiet_lightning():
         trainer = L.Trainer(
             max_epochs=epochs,
@@ -129,19 +124,11 @@ def run_phase(
             num_sanity_val_steps=0,
             **trainer_options,
         )
-        last = place / LAST if place is not None and (place / LAST).is_file() else None
-        if isinstance(validation, list | tuple):  # of batches; Lightning would take it for several data loaders
-            validation = DataLoader(validation, batch_size=None)  # type: ignore[arg-type]
-        fit(trainer, phase, SeededEpochs(train, seed), validation, last)
-    history = phase.history
-    for keeper in keepers:
-        if isinstance(keeper, BestWeights):
-            history.best = keeper.restore(network)
-            if not math.isfinite(history.result(monitor)):
-                raise TrainingError(f"training diverged: {monitor} was not finite in epoch {history.best + 1}")
+        fit(trainer, phase, SeededEpochs(train, seed), validation, place)
+    restore_best(keepers, network, phase.history, monitor)
     if place is not None:
-        finish(network, history, place)
-    return history
+        finish(network, phase.history, place)
+    return phase.history
 
 
 def check_arguments(
@@ -254,6 +241,24 @@ class BestWeights(ModelCheckpoint):
         return int(saved["epoch"])
 
 
+def restore_best(keepers: Iterable[Callback], network: nn.Module, history: History, monitor: str) -> None:
+    """Puts the best epoch's weights into the network, where they were kept."""
+    for keeper in keepers:
+        if isinstance(keeper, BestWeights):
+            history.best = keeper.restore(network)
+            if not math.isfinite(history.result(monitor)):
+                raise TrainingError(f"training diverged: {monitor} was not finite in epoch {history.best + 1}")
+
+
+def keepers_of(folder: Path | None, save_every_s: float, patience: int | None, monitor: str) -> list[Callback]:
+    """The callbacks that keep what a run finds."""
+    keepers: list[Callback] = [] if patience is None else early_stop(patience, monitor, folder)
+    if folder is not None:
+        # Last: what it saves then holds what the others have found out about this epoch.
+        keepers.append(KeepResumable(folder, 0.0 if patience is not None else save_every_s))
+    return keepers
+
+
 def early_stop(patience: int, monitor: str, folder: Path | None) -> list[Callback]:
     """The callbacks that stop a run, and keep its best weights."""
     mode = "max" if monitor.endswith("accuracy") else "min"
@@ -277,9 +282,12 @@ class StopsAgain(EarlyStopping):
 
 
 def fit(
-    trainer: L.Trainer, phase: Phase, train: SeededEpochs, validation: Iterable[Any] | None, last: Path | None
+    trainer: L.Trainer, phase: Phase, train: SeededEpochs, validation: Iterable[Any] | None, folder: Path | None
 ) -> None:
-    """Lightning's fit, whose answer to Ctrl-C is turned back into Python's."""
+    """Lightning's fit, from where the folder's run broke off; its answer to Ctrl-C is turned back into Python's."""
+    last = folder / LAST if folder is not None and (folder / LAST).is_file() else None
+    if isinstance(validation, list | tuple):  # of batches; Lightning would take it for several data loaders
+        validation = DataLoader(validation, batch_size=None)  # type: ignore[arg-type]
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(phase, train_dataloaders=train, val_dataloaders=validation, ckpt_path=last)
