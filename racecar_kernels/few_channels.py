@@ -24,7 +24,7 @@ from .transposed import fold, fold_adjoint
 from .weight_gradient import Pair
 from .weight_gradient import weight_gradient as by_library
 
-FEW = 4
+FEW = 4  # channels, up to which the image kernels are taken; `python -m bench.forms --only few` times both
 
 
 def forward(kernels: Family, s: Tensor, weight: Tensor, tied: Tied, shape: Ints, factor: Ints | None = None) -> Tensor:

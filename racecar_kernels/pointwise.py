@@ -51,11 +51,12 @@ _KERNELS: dict[str, Callable[..., tuple[int, float, float, float]]] = {
     "sigmoid": lambda: (5, 0.0, 0.0, 0.0),
     "softsign": lambda: (6, 0.0, 0.0, 0.0),
 }
-MOST_WEIGHTS = (
-    36  # of an output channel, up to which `grad_weight` beats a library's kernel on a gradient written before
-)
-MOST_CHANNELS = 512  # of c: its sums, one of every weight per block, are not to grow larger than c
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+# Where the image kernels stop: `python -m bench.forms` times them beside a library, with --only few and --only first.
+MOST_WEIGHTS = 36  # of an output channel, in `grad_weight` and `convolve_image`
+MOST_CHANNELS = 512  # of c in `grad_weight`: its sums, one of every weight per block, are not to grow larger than c
+MOST_CONVOLVED = 128  # channels of c in `convolve_image`
+CONVOLVED = (torch.float32, torch.float64)  # types in which `convolve_image` pays
 
 
 def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | None:
@@ -258,7 +259,7 @@ def convolved(
     """
     if not _of_few_channels(image, weight, tied) or numbered(act, args) is None or min(image.shape) == 0:
         return None
-    if image.dtype == torch.bfloat16 or weight.shape[0] > 128:  # there a library is faster
+    if image.dtype not in CONVOLVED or weight.shape[0] > MOST_CONVOLVED:  # there a library is faster
         return None
     size = tied.output_size(tuple(image.shape[2:]), tuple(weight.shape[2:]))
     if min(size) < 1 or weight.dtype != image.dtype or weight.device != image.device or not is_channels_last(image):

@@ -74,7 +74,7 @@ def can_fold(tied: Tied) -> bool:
 def folding_pays(source: Ints, weight: Ints, factor: Ints) -> bool:
     """Whether multiplying less outweighs folding the weight, which is paid once however many pixels there are.
 
-    The bounds here and in `polyphase_pays` are what `python -m bench.forms` measured on a CPU in float32.
+    The bounds here and in `polyphase_pays` are what `python -m bench.forms --only forms` measured on a CPU in float32.
     """
     plain = prod(f * k for f, k in zip(factor, weight[2:], strict=True))
     folded = prod(k + f - 1 for f, k in zip(factor, weight[2:], strict=True))

@@ -60,13 +60,13 @@ def weight_gradient(
         folded = weight.new_empty(
             *weight.shape[:2], *(k + f - 1 for k, f in zip(weight.shape[2:], factor, strict=True))
         )
-        found = fold_adjoint(_convolution(pair, folded, tied.with_stride(factor)), factor)
+        found = fold_adjoint(by_convolution(pair, folded, tied.with_stride(factor)), factor)
     elif tied.dims == 0 or product_pays(pair, weight, tied):
-        return _product(pair, weight, tied, add_to)
+        return by_product(pair, weight, tied, add_to)
     elif single_channel.weight_gradient_serves(*pair, weight, tied):
         found = single_channel.weight_gradient(*pair, weight, tied)
     else:
-        found = _convolution(pair, weight, tied)
+        found = by_convolution(pair, weight, tied)
     return found if add_to is None else add_to.add_(found)
 
 
@@ -76,12 +76,15 @@ def joined(a: Pair, b: Pair) -> Pair:
 
 
 def joining_pays(pair: Pair, weight: Tensor, tied: Tied) -> bool:
-    """Whether to wait for the second pair: where the weight is what there is most of, to multiply as to keep."""
+    """Whether to wait for the second pair: where the weight is what there is most of, to multiply as to keep.
+
+    The bounds here and in `product_pays` are what `python -m bench.forms --only joined` measured.
+    """
     return tied.dims > 0 and weight.numel() > pair.read.numel() + pair.grad.numel()
 
 
 def product_pays(pair: Pair, weight: Tensor, tied: Tied) -> bool:
-    """Whether one matrix product beats the library's kernel: wide layers on few pixels (measured, float32, CPU).
+    """Whether one matrix product beats the library's kernel: wide layers on few pixels, in float32 on a CPU.
 
     Accumulating in the result would lose digits in types that are narrower than what is accumulated in.
     """
@@ -96,7 +99,7 @@ def product_pays(pair: Pair, weight: Tensor, tied: Tied) -> bool:
     )
 
 
-def _product(pair: Pair, weight: Tensor, tied: Tied, add_to: Tensor | None) -> Tensor:
+def by_product(pair: Pair, weight: Tensor, tied: Tied, add_to: Tensor | None = None) -> Tensor:
     """gᵀ cols(p), its columns in the order of the weight's memory."""
     if tied.dims == 0:
         g, p = pair.grad.reshape(-1, pair.grad.shape[-1]), pair.read.reshape(-1, pair.read.shape[-1])
@@ -110,7 +113,7 @@ def _product(pair: Pair, weight: Tensor, tied: Tied, add_to: Tensor | None) -> T
         return flat.view(shape).permute(0, 3, 1, 2) if last else flat.view(weight.shape)
     flat = (add_to.permute(0, 2, 3, 1) if last else add_to).reshape(weight.shape[0], -1)
     if flat.data_ptr() != add_to.data_ptr():  # of another layout, so that this is a copy
-        return add_to.add_(_product(pair, weight, tied, None))
+        return add_to.add_(by_product(pair, weight, tied))
     flat.addmm_(g.t(), p)
     return add_to
 
@@ -128,7 +131,8 @@ def columns(pair: Pair, kernel: Ints, tied: Tied, *, last: bool) -> Tensor:
     return every.reshape(n * rows * wide, prod(size))
 
 
-def _convolution(pair: Pair, weight: Tensor, tied: Tied) -> Tensor:
+def by_convolution(pair: Pair, weight: Tensor, tied: Tied) -> Tensor:
+    """∂/∂W by a library's kernel."""
     read, padding = padded(pair.read, tied)
     settings = (None, tied.stride, padding, tied.dilation, False, (0,) * tied.dims, tied.groups)
     operands = (pair.grad, read, _clear(weight))
