@@ -27,7 +27,8 @@ from .lazy import Lazy, Window
 from .pointwise import Family
 from .reverse import Reverse, made, whole, wide_of
 
-# Weights of an output channel up to which computing c again takes no more time than reading it.
+# Weights of an output channel up to which computing c again takes about as long as reading it
+# (`python -m bench.forms --only first`).
 MOST_AGAIN = 12
 
 MaybeTensors = Sequence["Tensor | None"]

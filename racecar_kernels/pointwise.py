@@ -53,10 +53,10 @@ _KERNELS: dict[str, Callable[..., tuple[int, float, float, float]]] = {
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Where the image kernels stop: `python -m bench.forms` times them beside a library, with --only few and --only first.
-MOST_WEIGHTS = 36  # of an output channel, in `grad_weight` and `convolve_image`
+MOST_WEIGHTS = 36  # of an output channel, in `grad_weight` and `convolved`
 MOST_CHANNELS = 512  # of c in `grad_weight`: its sums, one of every weight per block, are not to grow larger than c
-MOST_CONVOLVED = 128  # channels of c in `convolve_image`
-CONVOLVED = (torch.float32, torch.float64)  # types in which `convolve_image` pays
+MOST_CONVOLVED = 128  # channels of c in `convolved`
+CONVOLVED = (torch.float32, torch.float64)  # types in which `convolved` pays
 
 
 def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | None:
@@ -264,7 +264,7 @@ def convolved(
     size = tied.output_size(tuple(image.shape[2:]), tuple(weight.shape[2:]))
     if min(size) < 1 or weight.dtype != image.dtype or weight.device != image.device or not is_channels_last(image):
         return None
-    if not image.is_cpu or image.dtype not in DTYPES or extension.load() is None:
+    if not image.is_cpu or extension.load() is None:
         return None
     shape = (image.shape[0], weight.shape[0], *size)
     x = torch.empty(shape, dtype=image.dtype, device="meta", memory_format=torch.channels_last)

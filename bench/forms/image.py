@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from racecar_kernels import chain_backward, few_channels, pointwise
+from racecar_kernels import chain, chain_backward, few_channels, pointwise
 from racecar_kernels.lazy import Lazy
 from racecar_kernels.pointwise import KERNELS, PLAIN, Family
 from racecar_kernels.weight_gradient import Pair
@@ -90,7 +90,7 @@ def _taken(of: Callable[[Family], Tensor]) -> str:
 
 
 def _with_image_kernels(changed: Callable[[Kernel], Kernel]) -> Family:
-    return KERNELS._replace(convolve_image=changed(KERNELS.convolve_image), grad_weight=changed(KERNELS.grad_weight))
+    return KERNELS._replace(convolved=changed(KERNELS.convolved), grad_weight=changed(KERNELS.grad_weight))
 
 
 def first_rows(dtype: torch.dtype, few: int, many: int, batch: int, side: int) -> list[Row]:
@@ -102,8 +102,13 @@ def first_rows(dtype: torch.dtype, few: int, many: int, batch: int, side: int) -
     g = randn(batch, many, side // 2, side // 2, dtype=dtype)
 
     def fused(window: tuple[int, int] | None) -> Tensor | None:
-        found = pointwise.convolve_image(image, weight, bias, TIED, "relu", (), window)
-        return None if found is None else found[0 if window is None else 1]
+        found = pointwise.convolved(image, weight, bias, TIED, "relu")
+        return None if found is None else read(found, window)
+
+    def read(lazy: Lazy, window: tuple[int, int] | None) -> Tensor:
+        if window is None:
+            return _there(pointwise.materialise(lazy)[0])
+        return _there(pointwise.materialise(lazy, window, full=False, pooled=True)[1])
 
     def apart(window: tuple[int, int] | None) -> Tensor:
         given = Lazy(F.conv2d(image, weight, bias, padding=1), None, None, "relu", ())
@@ -129,6 +134,11 @@ def first_rows(dtype: torch.dtype, few: int, many: int, batch: int, side: int) -
 
     return [
         row("forward, pooled", lambda: fused(FACTOR), {"apart": lambda: apart(FACTOR)}, "apart"),
+        Row(
+            "pooled once more",
+            {"computed again": lambda: _there(fused(FACTOR)), "read": lambda: read(d, FACTOR)},
+            "computed again" if fused(FACTOR) is not None and few * 9 <= chain.MOST_AGAIN else "read",
+        ),
         row("forward, not pooled", lambda: fused(None), {"apart": lambda: apart(None)}, "apart"),
         row(
             "weight gradient",
