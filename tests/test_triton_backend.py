@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import statistics
+from typing import Any
+
 import oracle
 import pytest
 import torch
-from cases import CASES, make
+from cases import CASES, Sample, make
 from torch import nn
 
 import racecar
@@ -23,39 +27,66 @@ def without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+def at_most_twice(errors: list[tuple[float, float]]) -> None:
+    """Our error and plain PyTorch's own, both against float64, in the median of seven seeds."""
+    assert len(errors) == 7
+    ours, plain = map(statistics.median, zip(*errors, strict=True))
+    assert ours <= 2 * plain, f"an error of {ours:.2e}, plain PyTorch's is {plain:.2e}"
+
+
+def copied(s: Sample, **to: Any) -> Sample:
+    """The same numbers in another type or on another device."""
+    s = copy.deepcopy(s)
+    for module in (s.op, *s.latent):
+        module.to(**to)
+    s.target, s.y = (t.detach().to(**to).requires_grad_() for t in (s.target, s.y))
+    return s
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reverse_layer_against_float64(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
-    exact, ours, plain = make(case), make(case, torch.float32), make(case, torch.float32)
-    for module in (ours.op, *ours.latent):
-        module.to(DEVICE)
-    ours.y, ours.target = (t.detach().to(DEVICE).requires_grad_() for t in (ours.y, ours.target))
-    want = torch.autograd.grad(oracle.reverse_layer(exact)[1], exact.tensors)
-    _, loss = rk.reverse_layer(ours.y, ours.target, ours.op.weight, ours.op.bias, **ours.settings, backend="triton")
-    got = [g.cpu() for g in torch.autograd.grad(loss, ours.tensors)]
-    theirs = torch.autograd.grad(oracle.reverse_layer(plain)[1], plain.tensors)
-    assert oracle.error(got, want) <= 2 * oracle.error(theirs, want) + 2**-22
+    errors = []
+    for seed in range(7):
+        s = make(case, torch.float32, seed)
+        exact, own = copied(s, dtype=torch.float64), copied(s, device=DEVICE)
+        want = torch.autograd.grad(oracle.reverse_layer(exact)[1], exact.tensors)
+        plain = torch.autograd.grad(oracle.reverse_layer(s)[1], s.tensors)
+        _, loss = rk.reverse_layer(own.y, own.target, own.op.weight, own.op.bias, **own.settings, backend="triton")
+        ours = [g.cpu() for g in torch.autograd.grad(loss, own.tensors)]
+        errors.append((oracle.error(ours, want), oracle.error(plain, want)))
+    at_most_twice(errors)
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(4, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2),
     ).to(memory_format=torch.channels_last)  # fmt: skip
 
 
+def gradients(backend: str, dtype: torch.dtype, seed: int, **policy: str) -> list[torch.Tensor]:
+    """Of the wrapped network's input and parameters."""
+    net = racecar.wrap(network(seed).to(DEVICE, dtype), 0.1, backend=backend, **policy)
+    assert backend in str(net.plan)
+    x = torch.randn(2, 2, 4, 5).to(DEVICE, dtype, memory_format=torch.channels_last).requires_grad_()
+    (net(x).square().sum() + net.reverse_loss).backward()
+    return [t.grad.cpu() for t in (x, *net.parameters())]
+
+
 @pytest.mark.parametrize(("variant", "memory"), POLICIES)
-def test_a_wrapped_network_equals_the_reference(variant: str, memory: str) -> None:
-    x = torch.randn(2, 2, 4, 5).to(memory_format=torch.channels_last)
-    found = {}
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        net = racecar.wrap(network().to(DEVICE, dtype), 0.1, variant=variant, memory=memory, backend=backend)
-        assert backend in str(net.plan)
-        own = x.to(DEVICE, dtype, copy=True).requires_grad_()
-        (net(own).square().sum() + net.reverse_loss).backward()
-        found[backend] = [p.grad.double() for p in (own, *net.parameters())]
-    assert oracle.error(found["triton"], found["reference"]) < 2e-5
+def test_a_wrapped_network_against_float64(variant: str, memory: str) -> None:
+    errors = []
+    for seed in range(7):
+        ours, plain, want = (
+            gradients(backend, dtype, seed, variant=variant, memory=memory)
+            for backend, dtype in (
+                ("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64),
+            )
+        )  # fmt: skip
+        errors.append((oracle.error(ours, want), oracle.error(plain, want)))
+    at_most_twice(errors)
 
 
 def test_it_is_not_chosen_for_float64_or_without_a_gpu(monkeypatch) -> None:

@@ -16,17 +16,25 @@ import triton.language as tl
 
 @triton.jit
 def expm1(x):
-    """e^x - 1. Near 0 by its series, where subtracting 1 would lose the digits."""
-    series = x * (1 + x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))))))
-    return tl.where(tl.abs(x) < 0.35, series, tl.exp(x) - 1)
+    """e^x - 1 for x <= 0, as 2^n (e^r - 1) + (2^n - 1) with |r| <= log(2) / 2: nothing cancels, at 0 or elsewhere."""
+    x = tl.where(x < -30, -30.0, x)  # where it is -1
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693145751953125) - n * 1.4286068203e-6  # log(2) in two parts: n times the first is exact
+    series = 0.16666665673 + r * (0.041666481644 + r * (0.008333420381 + r * (0.00139333331 + r * 0.00019824094)))
+    part = r + r * r * (0.5 + r * series)
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return power * part + (power - 1)
 
 
 @triton.jit
 def tanh(x):
-    """tanh(x) = -e / (e + 2) with e = expm1(-2|x|), and the sign of x."""
-    e = expm1(-2 * tl.abs(x))
-    size = -e / (e + 2)
-    return tl.where(x < 0, -size, size)
+    """x + x³ p(x²) near 0, p by minimax; elsewhere 1 - 2e / (1 + e) with e = exp(-2|x|), which would cancel there."""
+    s = x * x
+    p = -0.3333328068 + s * (0.1333144158 + s * (-0.05373971537 + s * (0.02063908242 - s * 0.005704982206)))
+    small = x + x * (s * p)
+    e = tl.exp(-2 * tl.abs(x))
+    size = 1 - 2 * e / (1 + e)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -size, size))
 
 
 @triton.jit

@@ -7,6 +7,7 @@ computes. `why_not` names what is not served; a function given such tensors comp
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | Non
         return f"up to {MOST_WINDOWS} values a channel are served, got {first.numel() // max(1, first.shape[1])}"
     if not all(t.is_contiguous() for t in tensors) and not all(map(ref.is_channels_last, tensors)):
         return "the tensors are neither all contiguous nor all channels_last"
-    apart = first.is_contiguous() and first[0, 0].numel() > 1  # the channels, so that each is a block of its own
+    apart = first.is_contiguous() and prod(first.shape[2:]) > 1  # the channels, so that each is a block of its own
     most = MOST_BLOCKS * (1 if apart else configs.MOST_CHANNELS)
     if first.shape[1] > most:
         return f"up to {most} channels are served in this layout, got {first.shape[1]}"
@@ -93,8 +94,8 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     flat = [None if t is None else t.detach().reshape(-1).contiguous() for t in (weight, bias)]
     blocks = configs.finishing(grid.channels)
     kernels.finish_norm_kernel[(triton.cdiv(grid.channels, blocks["BLOCK_C"]),)](
-        partials, x, *flat, *found, partials.shape[0], x.numel() // max(1, grid.channels), eps, grid.full[3],
-        grid.channels, **blocks,
+        partials, *flat, *found, partials.shape[0], grid.windows, eps, grid.channels, ROWS=grid.blocks["BLOCK_Q"],
+        **blocks,
     )  # fmt: skip
     return BatchNorm(*found)
 
@@ -308,12 +309,12 @@ def _wide(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().float().contiguous()
 
 
-def _partials(grid: Grid, like: Tensor) -> Tensor:
-    return like.new_empty(grid.programs[0], 2, grid.channels, dtype=torch.float32)
+def _partials(grid: Grid, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return like.new_empty(grid.programs[0], 2, grid.channels, dtype=dtype)
 
 
 def _sums(x: Tensor, grid: Grid, *, squares: bool) -> Tensor:
-    partials = _partials(grid, x)
+    partials = _partials(grid, x, torch.float64 if squares else torch.float32)  # means are subtracted from each other
     kernels.sums_kernel[grid.programs](
         x, partials, grid.windows, grid.h, grid.w, *grid.full, grid.channels, SQUARES=squares,
         FLAT=grid.constants["FLAT"], **grid.blocks, **grid.options,

@@ -70,10 +70,27 @@ def tap(n, y, x, i: tl.constexpr, j: tl.constexpr, KH: tl.constexpr, KW: tl.cons
 
 
 @triton.jit
-def read_origin(x, o_c, m_c):
-    """A channel's own first value, 0 if that is not finite: at most √count deviations away from the mean."""
-    b_x = tl.load(x + o_c, mask=m_c, other=0.0).to(tl.float32)
-    return tl.where(tl.abs(b_x) < float("inf"), b_x, 0.0)
+def read_tile(x, block, count, h, w, f_n, f_y, f_x, f_c, o_c, m_c, FLAT: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Tile number `block` of x without pooling, in float32, 0 where it has no value; and where it has one."""
+    q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    n, y, at = window_place(q, h, w, FLAT)
+    m = (q < count)[:, None] & m_c[None, :]
+    o = (n * f_n + y * f_y + at * f_x)[:, None] + o_c[None, :].to(tl.int64) * f_c
+    return tl.load(x + o, mask=m, other=0.0).to(tl.float32), m
+
+
+@triton.jit
+def sum_rows(b):
+    """Σ over the rows of what a program has summed over its tiles: once, and in float64."""
+    return tl.sum(b.to(tl.float64), 0)
+
+
+@triton.jit
+def rows_of_program(pid, programs, count, BLOCK_Q: tl.constexpr):
+    """How many of the `count` rows its tiles pid, pid + programs, ... have; the last of all tiles may be cut."""
+    tiles = tl.cdiv(count, BLOCK_Q)
+    cut = tl.where((tiles - 1) % programs == pid, tiles * BLOCK_Q - count, 0)
+    return tl.cdiv(tiles - pid, programs) * BLOCK_Q - cut
 
 
 @triton.jit
@@ -81,27 +98,32 @@ def sums_kernel(
     x, partials, count, h, w, f_n, f_y, f_x, f_c, C, SQUARES: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partials[program, 0, c] = Σ x; with SQUARES Σ (x - x_0[c]) and in [program, 1, c] Σ (x - x_0[c])²."""
+    """partials[program, 0, c] = Σ x; with SQUARES the mean of these x, and in [program, 1, c] Σ (x - mean)².
+
+    The squares are summed about the first tile's mean and moved to the program's: near enough that no digits cancel.
+    """
     pid, programs = tl.program_id(0), tl.num_programs(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_origin = read_origin(x, o_c.to(tl.int64) * f_c, m_c)[None, :]
-    first, second = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
-    for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
-        q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        n, y, at = window_place(q, h, w, FLAT)
-        m = (q < count)[:, None] & m_c[None, :]
-        b_x = tl.load(
-            x + (n * f_n + y * f_y + at * f_x)[:, None] + o_c[None, :].to(tl.int64) * f_c, mask=m, other=0.0
-        ).to(tl.float32)
+    first, m = read_tile(x, pid, count, h, w, f_n, f_y, f_x, f_c, o_c, m_c, FLAT, BLOCK_Q)
+    if SQUARES:
+        origin = tl.sum(first, 0) / tl.minimum(count - pid * BLOCK_Q, BLOCK_Q)
+        origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)  # the mean is to be infinite then, not NaN
+        first = tl.where(m, first - origin[None, :], 0.0)
+        second = first * first
+    for block in range(pid + programs, tl.cdiv(count, BLOCK_Q), programs):
+        b_x, m = read_tile(x, block, count, h, w, f_n, f_y, f_x, f_c, o_c, m_c, FLAT, BLOCK_Q)
         if SQUARES:
-            b_x = tl.where(m, b_x - b_origin, 0.0)
-        first += tl.sum(b_x, 0)
-        if SQUARES:
-            second += tl.sum(b_x * b_x, 0)
+            b_x = tl.where(m, b_x - origin[None, :], 0.0)
+            second += b_x * b_x
+        first += b_x
     p_out = partials + pid * 2 * C + o_c
-    tl.store(p_out, first, mask=m_c)
-    tl.store(p_out + C, second, mask=m_c)
+    total = sum_rows(first)
+    if SQUARES:
+        off = total / rows_of_program(pid, programs, count, BLOCK_Q)
+        tl.store(p_out + C, sum_rows(second) - total * off, mask=m_c)
+        total = origin + off
+    tl.store(p_out, total, mask=m_c)
 
 
 @triton.jit
@@ -170,17 +192,16 @@ def compare_kernel(
         if source is not None:
             less = b_a if b_minus is None else b_a - b_minus
             tl.store(source + o_small, less.to(source.dtype.element_ty), mask=m)
-    tl.store(partials + pid * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
+    tl.store(partials + pid * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(squares, 1).to(tl.float64)))
 
 
 @triton.jit
-def add_channel_sums(g, x, b_mean, m, first, second, WITH_X: tl.constexpr):
-    """first += Σ g, second += Σ g · (x - mean) over the rows of a tile."""
-    first += tl.sum(g, 0)
-    if WITH_X:
-        off = x if b_mean is None else x - b_mean
-        second += tl.sum(tl.where(m, g * off, 0.0), 0)
-    return first, second
+def add_products(total, g, p_x, m, b_mean):
+    """total + g · (x - mean); mean is None for 0, and g is 0 where not m."""
+    off = tl.load(p_x, mask=m, other=0.0).to(tl.float32)
+    if b_mean is not None:
+        off = off - b_mean
+    return total + g * off
 
 
 @triton.jit
@@ -201,7 +222,7 @@ def grad_reverse_kernel(
     p_sums = None if partials is None else partials + pid * 2 * C + o_c
     o_c = o_c[None, :].to(tl.int64)
     b_c2 = 0.0 if c2 is None else tl.load(c2).to(tl.float32)
-    first, second = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    first, second = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32), tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -227,16 +248,14 @@ def grad_reverse_kernel(
         tl.store(out + o_small, g, mask=m)
         if partials is not None:
             b_g = tl.where(m, g.to(tl.float32), 0.0)
+            first += b_g
             if a_shift is not None:
-                b_x = tl.load(a + o_small, mask=m, other=0.0).to(tl.float32)
-                first, second = add_channel_sums(b_g, b_x, b_mean, m, first, second, True)
-            else:
-                first += tl.sum(b_g, 0)
+                second = add_products(second, b_g, a + o_small, m, b_mean)
     if partials is not None:
-        tl.store(p_sums, first, mask=m_c)
-        tl.store(p_sums + C, second, mask=m_c)
+        tl.store(p_sums, sum_rows(first), mask=m_c)
+        tl.store(p_sums + C, sum_rows(second), mask=m_c)
     if squares_out is not None:
-        tl.store(squares_out + pid * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
+        tl.store(squares_out + pid * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(squares, 1).to(tl.float64)))
 
 
 @triton.jit
@@ -257,7 +276,7 @@ def grad_forward_kernel(
     p_sums = None if partials is None else partials + pid * 2 * C + o_c
     o_c = o_c[None, :].to(tl.int64)
     b_c2 = 0.0 if c2 is None else tl.load(c2).to(tl.float32)
-    first, second = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    first, second = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32), tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         n, y, at = window_place(q, h, w, FLAT)
@@ -296,14 +315,12 @@ def grad_forward_kernel(
                 tl.store(out + o, g, mask=m_tap)
                 if partials is not None:
                     b_g = tl.where(m_tap, g.to(tl.float32), 0.0)
+                    first += b_g
                     if d_shift is not None:
-                        b_x = tl.load(d + o, mask=m_tap, other=0.0).to(tl.float32)
-                        first, second = add_channel_sums(b_g, b_x, b_mean, m_tap, first, second, True)
-                    else:
-                        first += tl.sum(b_g, 0)
+                        second = add_products(second, b_g, d + o, m_tap, b_mean)
     if partials is not None:
-        tl.store(p_sums, first, mask=m_c)
-        tl.store(p_sums + C, second, mask=m_c)
+        tl.store(p_sums, sum_rows(first), mask=m_c)
+        tl.store(p_sums + C, sum_rows(second), mask=m_c)
 
 
 @triton.jit
@@ -351,18 +368,29 @@ def sum_of_programs(partials, o_c, m_c, programs, C, BLOCK_P: tl.constexpr, BLOC
 
 @triton.jit
 def finish_norm_kernel(
-    partials, x, weight, bias, mean, rstd, scale, shift, programs, count, eps, f_c, C,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    partials, weight, bias, mean, rstd, scale, shift, programs, count, eps, C,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A batch's mean and 1/deviation from the sums of `sums_kernel`, and the affine that the norm then is."""
+    """A batch's mean and 1/deviation from what `sums_kernel` found in tiles of ROWS, and the affine that the norm is.
+
+    Parts are combined by Chan, Golub and LeVeque (1979): Σ (x - mean)² of all is that of each, about its own mean, and
+    its number of rows times (its mean - mean)². In float64, in a fixed order.
+    """
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    off = sum_of_programs(partials, o_c, m_c, programs, C, BLOCK_P, BLOCK_C) / count
-    square = sum_of_programs(partials + C, o_c, m_c, programs, C, BLOCK_P, BLOCK_C) / count
-    var = square - off * off
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for start in range(0, programs, BLOCK_P):
+        own, _, rows = read_part(partials, start, o_c, m_c, programs, count, C, ROWS, BLOCK_P)
+        total += rows * own
+    b_mean = tl.sum(total, 0) / count
+    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
+    for start in range(0, programs, BLOCK_P):
+        own, about_own, rows = read_part(partials, start, o_c, m_c, programs, count, C, ROWS, BLOCK_P)
+        off = own - b_mean[None, :]
+        squares += about_own + rows * off * off
+    var = tl.sum(squares, 0) / count
     var = tl.where(var < 0, 0.0, var)  # NaN stays
     b_rstd = 1.0 / tl.sqrt(var + eps)
-    b_mean = read_origin(x, o_c.to(tl.int64) * f_c, m_c).to(tl.float64) + off
     b_scale = b_rstd
     if weight is not None:
         b_scale = b_rstd * tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float64)
@@ -373,3 +401,16 @@ def finish_norm_kernel(
     tl.store(rstd + o_c, b_rstd.to(tl.float32), mask=m_c)
     tl.store(scale + o_c, b_scale.to(tl.float32), mask=m_c)
     tl.store(shift + o_c, b_shift.to(tl.float32), mask=m_c)
+
+
+@triton.jit
+def read_part(
+    partials, start, o_c, m_c, programs, count, C, ROWS: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """Of programs start, start + 1, ...: mean, Σ (x - mean)² and number of rows, 0 beyond the last."""
+    o_p = start + tl.arange(0, BLOCK_P)[:, None]
+    m = (o_p < programs) & m_c[None, :]
+    p_part = partials + o_p * 2 * C + o_c[None, :]
+    rows = tl.where(o_p < programs, rows_of_program(o_p, programs, count, ROWS), 0)
+    mean, squares = tl.load(p_part, mask=m, other=0.0), tl.load(p_part + C, mask=m, other=0.0)
+    return mean.to(tl.float64), squares.to(tl.float64), rows.to(tl.float64)

@@ -112,18 +112,18 @@ def _per_channel(
 ) -> Iterator[Shipped]:
     shape = {"FLAT": grid[2], **blocks}
     for squares in (True, False):
-        pointers = {"x": dtype, "partials": "fp32"}
+        pointers = {"x": dtype, "partials": "fp64" if squares else "fp32"}
         yield _entry(grid, pointwise.sums_kernel, pointers, {**shape, "SQUARES": squares}, options)
     pointers = {"g": dtype, "x": dtype, "out": dtype, **dict.fromkeys(["mean", "k0", "k1", "k2"], "fp32")}
     yield _entry(grid, pointwise.combine_kernel, pointers, shape, options)
 
 
 def _finishing() -> Iterator[Shipped]:
-    for channels, dtype in ((3, "bf16"), (512, "fp32")):
-        grid, blocks = (f"C={channels}", channels, channels < 16), configs.finishing(channels)
+    for channels in (3, 512):
+        grid, blocks = (f"C={channels}", channels, True), configs.finishing(channels)
         sums = dict.fromkeys(["partials", "first", "second"], "fp32")
         entry = _entry(grid, pointwise.finish_sums_kernel, sums, blocks, {"num_warps": 4})
         yield entry._replace(signature={**entry.signature, "programs": "i32"})
-        norm = dict.fromkeys(["partials", "weight", "bias", "mean", "rstd", "scale", "shift"], "fp32") | {"x": dtype}
-        entry = _entry(grid, pointwise.finish_norm_kernel, norm, blocks, {"num_warps": 4})
+        norm = dict.fromkeys(["weight", "bias", "mean", "rstd", "scale", "shift"], "fp32") | {"partials": "fp64"}
+        entry = _entry(grid, pointwise.finish_norm_kernel, norm, {**blocks, "ROWS": 32}, {"num_warps": 4})
         yield entry._replace(signature={**entry.signature, "programs": "i32", "eps": "fp32"})
