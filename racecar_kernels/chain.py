@@ -190,10 +190,13 @@ def reverse_all(tied: Tied, kernels: Family, inputs: Sequence[Lazy], *, store: b
         if not chain.reverses(m):
             continue
         r = tied.reverse(m, y if chain.full else inputs[m + 1], inputs[m])
-        reading, kept = reverse.run(kernels, r, s)
-        y = reading.lazy
         below = chain.layers[m - 1] if chain.full and m else None
-        losses[m], s = reverse.compare(kernels, r, y, below, tied.biases[m - 1] if below is not None else None)
+        minus = tied.biases[m - 1] if below is not None else None
+        reading, kept, loss, s = reverse.run(kernels, r, s, below=below, minus=minus)
+        y = reading.lazy
+        if loss is None:
+            loss, s = reverse.compare(kernels, r, y, below, minus)
+        losses[m] = loss
         if store:
             back[m], stats[m] = kept, reverse_stats(chain, m, reading)
         del reading, kept, r

@@ -179,7 +179,7 @@ class Backward:
         """The reverse of layer m, run here where nothing of it was kept; its gradient of y arrives at d_{m+1}."""
         y = self.value(m + 1)
         if late:
-            reading, kept = reverse.run(self.kernels, self.tied.reverse(m, y, self.value(m)))
+            reading, kept, *_ = reverse.run(self.kernels, self.tied.reverse(m, y, self.value(m)))
         else:
             reading, kept = self.reading(m), self.back[m]
         grads = self.reverse_backward(m, reading, kept, y, None, c2, needs, loss=late)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import extension
 from .activations import TABLE
+from .fused import Fused
 from .layer import Tied
 from .lazy import BatchNorm, Convolved, Gradient, Lazy, Window
 from .pointwise_ref import (
@@ -301,6 +302,7 @@ class Family(NamedTuple):
     grad_forward: Callable[..., Gradient]
     grad_weight: Callable[..., tuple[Tensor, Tensor | None] | None]
     convolved: Callable[..., Lazy | None]
+    fused: Fused | None = None
 
 
 KERNELS = Family(

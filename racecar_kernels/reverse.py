@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import few_channels, phi, pooling, transposed, undo
 from .contract import Params
+from .fused import Fused, Incoming
 from .layer import Ints, Layer, Pool, Step
 from .lazy import Gradient, Lazy
 from .lazy import made as made
@@ -102,9 +103,23 @@ def spread(s: Tensor, r: Reverse, factor: Ints | None) -> Tensor:
     return s if factor is not None or not r.undo or not r.repeats else undo.apply(s, r.undo, r.shape)
 
 
-def run(kernels: Family, r: Reverse, s: Tensor | None = None) -> tuple[phi.Reading, Tensor]:
-    """a as the kernels read it, and the tensor to keep; s is what `source` gives, if it is there already."""
+class Ran(NamedTuple):
+    """a as the kernels read it, the tensor to keep; and what `compare` gives, where the same kernel gave it."""
+
+    reading: phi.Reading
+    kept: Tensor
+    loss: Tensor | None = None
+    source: Tensor | None = None
+
+
+def run(
+    kernels: Family, r: Reverse, s: Tensor | None = None, *, below: Layer | None = None, minus: Tensor | None = None
+) -> Ran:
+    """s is what `source` gives, if it is there already; `below` and `minus` are those of `compare`."""
     factor = factor_of(r)
+    found = None if kernels.fused is None else _run_fused(kernels, kernels.fused, r, s, factor, below, minus)
+    if found is not None:
+        return found
     s = spread(source(kernels, r) if s is None else s, r, factor)
     u = few_channels.forward(kernels, s, r.weight, r.layer.tied, r.layer.input_shape(tuple(r.d.x.shape)), factor)
     del s
@@ -113,7 +128,58 @@ def run(kernels: Family, r: Reverse, s: Tensor | None = None) -> tuple[phi.Readi
     if phi.writes_result(own, pooled=True):
         a = kernels.materialise(reading.lazy, in_place=True)[0]
         reading = reading._replace(lazy=reading.lazy._replace(x=made(a), done=True))
-    return reading, u if reading.entries is not None else reading.lazy.x
+    return Ran(reading, u if reading.entries is not None else reading.lazy.x)
+
+
+def _run_fused(
+    kernels: Family,
+    fused: Fused,
+    r: Reverse,
+    s: Tensor | None,
+    factor: Ints | None,
+    below: Layer | None,
+    minus: Tensor | None,
+) -> Ran | None:
+    """The same in one kernel, but for a norm's statistics and what is behind them; None where none is taken."""
+    own, (known, window) = r.layer.latent, pooling.window_of(r.layer.pre)
+    act, args = _activation(r)
+    compared = act is not None and known and r.layer.compare
+    y, bias = _read(kernels, r, s, factor)
+    done = phi.writes_result(own, pooled=True)
+    found = fused.forward(
+        y,
+        r.weight,
+        r.layer.tied,
+        r.layer.input_shape(tuple(r.d.x.shape)),
+        bias=bias,
+        factor=factor,
+        act=act or "identity",
+        args=args,
+        keep="a" if done else "u",
+        d=r.d if compared else None,
+        window=window if compared else None,
+        source=compared and below is not None and (minus is not None or act != "identity"),
+        minus=minus if compared and below is not None else None,
+    )
+    if found is None:
+        return None
+    kept = made(found.kept)
+    return Ran(phi.read(kernels, kept, own, r.params, done=done), kept, found.loss, found.source)
+
+
+def _read(kernels: Family, r: Reverse, s: Tensor | None, factor: Ints | None) -> tuple[Lazy, Tensor | None]:
+    """What a fused kernel reads as y, and the bias that it subtracts."""
+    if s is None and r.repeats and (factor is not None or not r.undo):
+        return r.y, r.bias
+    return Lazy(spread(source(kernels, r) if s is None else s, r, factor)), None
+
+
+def _activation(r: Reverse) -> tuple[str | None, tuple[object, ...]]:
+    """Of a φ that is an activation and nothing else; (None, ()) for another one."""
+    own = phi.parts(r.layer.latent)
+    if own is None or own.norm is not None:
+        return None, ()
+    return ("identity", ()) if own.act is None else (own.act.name, own.act.args)
 
 
 def resume(kernels: Family, layer: Layer, params: Params, kept: Tensor, stats: list[Tensor]) -> phi.Reading:
@@ -172,24 +238,64 @@ def backward(
     together with another one.
     """
     own, needs_bias = r.layer.latent, needs_bias and r.bias is not None
-    grad = _to_u(kernels, r, reading.lazy, g, c2 if r.layer.compare else None, loss=loss)
-    g_u, params, _ = phi.backward(kernels, grad, kept, own, r.params, reading)
-    found = grad.loss
-    del grad, g
-    weight = pair = g_s = bias = None
-    factor = factor_of(r)
-    if needs_weight:  # first: a library reorders s for it, and the gradient of s need not be there yet
-        pair = Pair(g_u, spread(source(kernels, r), r, factor))
-        if factor is not None or not (hold and joining_pays(pair, r.weight, r.layer.tied)):
-            weight, pair = few_channels.weight_gradient(kernels, pair, r.weight, r.layer.tied, factor), None
-    if needs_y or needs_bias:
-        g_s = few_channels.source_gradient(kernels, g_u, r.weight, r.layer.tied, factor)
-    if needs_bias and g_s is not None:
+    c2, factor, found = c2 if r.layer.compare else None, factor_of(r), None
+    params: list[Tensor | None] = []
+    g_u = None if loss else _unwritten(r, reading.lazy, g, c2)
+    weight = weight_fused(kernels, r, g_u, factor) if needs_weight else None
+    g_s, bias = source_fused(kernels, r, g_u, factor, needs_y, needs_bias) if needs_y or needs_bias else (None, None)
+    pair = None
+    left = (needs_y and g_s is None) or (needs_bias and bias is None) or (needs_weight and weight is None)
+    if left or loss or kernels.fused is None or g_u is None:
+        grad = _to_u(kernels, r, reading.lazy, g, c2, loss=loss)
+        written, params, _ = phi.backward(kernels, grad, kept, own, r.params, reading)
+        found = grad.loss
+        del grad, g
+        g_u = Incoming(written)
+        if needs_weight and weight is None:
+            weight = weight_fused(kernels, r, g_u, factor)
+        if needs_weight and weight is None:  # first: a library reorders s for it, and g_s is not there yet
+            pair = Pair(written, spread(source(kernels, r), r, factor))
+            if factor is not None or not (hold and joining_pays(pair, r.weight, r.layer.tied)):
+                weight, pair = few_channels.weight_gradient(kernels, pair, r.weight, r.layer.tied, factor), None
+        if (needs_y and g_s is None) or (needs_bias and bias is None):
+            g_s, bias = source_fused(kernels, r, g_u, factor, needs_y, needs_bias)
+        if (needs_y and g_s is None) or (needs_bias and bias is None):
+            g_s = few_channels.source_gradient(kernels, written, r.weight, r.layer.tied, factor)
+    if needs_bias and bias is None and g_s is not None:
         sums = kernels.channel_sum(g_s) if on_matrix(r.layer, g_s) else over_channels(g_s, r.layer)
         bias = sums.neg_()
     if needs_y and g_s is not None and factor is None and r.undo:
         g_s = undo.adjoint(g_s, whole(kernels, r.y), r.undo, r.shape)
     return Grads(g_s if needs_y else None, weight, pair, bias, params, found)
+
+
+def _unwritten(r: Reverse, a: Lazy, g: Tensor | None, c2: Tensor | None) -> Incoming | None:
+    """The gradient of u as fused kernels compute it where they read it; None where it has to be written first."""
+    known, window = pooling.window_of(r.layer.pre)
+    if _activation(r)[0] is None or (c2 is not None and (not known or window is not None)):
+        return None
+    return Incoming(g, a, None if c2 is None else r.d, c2)
+
+
+def weight_fused(kernels: Family, r: Reverse, g_u: Incoming | None, factor: Ints | None) -> Tensor | None:
+    """The weight's gradient by a fused kernel, where one is taken."""
+    if kernels.fused is None or g_u is None:
+        return None
+    y, bias = _read(kernels, r, None, factor)
+    return kernels.fused.weight_gradient(r.weight, r.layer.tied, reverse=(g_u, y, bias), factor=factor)
+
+
+def source_fused(
+    kernels: Family, r: Reverse, g_u: Incoming | None, factor: Ints | None, needs_s: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of s (before its pooling is undone where that is folded) and of the bias by a fused kernel."""
+    if kernels.fused is None or g_u is None:
+        return None, None
+    shape = r.shape if factor is None else tuple(r.y.x.shape)
+    found = kernels.fused.source_gradient(
+        g_u, r.weight, r.layer.tied, shape, factor=factor, needs_source=needs_s, bias=needs_bias
+    )
+    return (None, None) if found is None else found
 
 
 def _to_u(kernels: Family, r: Reverse, a: Lazy, g: Tensor | None, c2: Tensor | None, *, loss: bool) -> Gradient:

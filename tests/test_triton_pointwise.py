@@ -62,12 +62,15 @@ def errors(s, names) -> dict[str, tuple[float, float]]:
     return found
 
 
+ONE_NUMBER = torch.finfo(torch.float32).eps / 4  # less than rounding a single result to float32 costs on average
+
+
 def check(*shape_and_window, names=NAMES, **settings) -> None:
     """At most twice plain PyTorch's own error, in the median of seven seeds."""
     found = [errors(make(*shape_and_window, seed=seed, **settings), names) for seed in range(7)]
     for name in names:
         ours, plain = (statistics.median(of[name][i] for of in found) for i in range(2))
-        assert ours <= 2 * plain, f"{name}: an error of {ours:.2e}, plain PyTorch's is {plain:.2e}"
+        assert ours <= max(2 * plain, ONE_NUMBER), f"{name}: an error of {ours:.2e}, plain PyTorch's is {plain:.2e}"
 
 
 @pytest.mark.parametrize(("shape", "window"), SHAPES, ids=str)

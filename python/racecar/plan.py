@@ -52,7 +52,8 @@ class Plan:
         order: the chain's modules as they run, up to where it ends; one that is used twice stands there twice.
         obstacle: why there is no unique path from output to input, None if there is one.
         variant: `full` or `local`.
-        kernel: backend that serves the layers.
+        kernel: backend that serves the layers; several are listed.
+        kernels: of every layer its backend, and in which way that computes it where there are several.
         compared: number of layers, from the input, whose loss counts.
         layer_by_layer: why the chain does not run as one autograd node, which would keep less; None if it does.
     """
@@ -63,6 +64,7 @@ class Plan:
     obstacle: str | None = None
     variant: str = "full"
     kernel: str = "reference"
+    kernels: list[str] = field(default_factory=list)
     compared: int = 0
     layer_by_layer: str | None = None
 
@@ -74,7 +76,8 @@ class Plan:
         rows = [("layer", "tied to", "variant", "kernel", "why not, or note")]
         for m, layer in enumerate(self.layers):
             note = "" if m < self.compared else f"passed through, not compared (layers={self.compared})"
-            rows.append((layer.name, _way_back(layer), self.variant, self.kernel, note))
+            kernel = self.kernels[m] if self.kernels else self.kernel
+            rows.append((layer.name, _way_back(layer), self.variant, kernel, note))
         rows += [(name, "-", "-", "-", reason) for name, reason in self.left_out]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -209,7 +209,8 @@ def wrap(
     values = parse_lam(lam, plan.names[:compared])
     engine = Engine(model, plan, settings)
     engine.set_lam(values)
-    plan.variant, plan.compared, plan.kernel = variant, compared, _kernel(model, engine, backend)
+    plan.variant, plan.compared = variant, compared
+    plan.kernel, plan.kernels = _kernels(engine, backend)
     engine.attach()
     model.__dict__[_KEY] = engine
     model.__class__ = _wrapped_class(type(model))
@@ -277,15 +278,18 @@ def _count(layers: object, n: int) -> int:
     return layers
 
 
-def _kernel(model: nn.Module, engine: Engine, backend: str | None) -> str:
-    """Names of the backends that serve this model's layers as they are now."""
+def _kernels(engine: Engine, backend: str | None) -> tuple[str, list[str]]:
+    """Names of the backends that serve the layers as they are now; and by layer, with the way that it is computed."""
     parameters = [next(layer.op.parameters()) for layer in engine.plan.layers]
     for layer, p in zip(engine.plan.layers, parameters, strict=True):
         if not p.is_floating_point():
             raise TypeError(f"layer {layer.name!r} has {p.dtype} weights; the reverse needs real floating-point ones")
-    pairs = zip(engine.layers(), parameters, strict=True)
-    queries = [rk.Query(layer, p.device.type, p.dtype) for layer, p in pairs]
-    return ", ".join(dict.fromkeys(rk.choose(query, backend).name for query in queries))
+    names, ways = [], []
+    for spec, weight in zip(engine.layers(), parameters, strict=True):
+        chosen = rk.choose(rk.Query(spec, weight.device.type, weight.dtype), backend)
+        names.append(chosen.name)
+        ways.append(chosen.name if chosen.way is None else f"{chosen.name}, {chosen.way(weight, spec.tied)}")
+    return ", ".join(dict.fromkeys(names)), ways
 
 
 def _engine(model: nn.Module) -> Engine:

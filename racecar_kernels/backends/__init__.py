@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from torch import Tensor
 from .. import extension, pointwise, reference
 from ..contract import Call, Grads, Needs, Params, State
 from ..contract import Query as Query
-from ..layer import Layer
+from ..layer import Layer, Tied
 from ..pointwise import Family
 from . import cpp, triton
+from .pointwise_layer import PointwiseLayer
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Backend:
     """One implementation of a reverse layer; see `contract.py` for what the three functions do.
 
     `why_not(query)` is None if the backend serves this layer, else a sentence that says why it does not. `kernels()`
-    is what a chain is made of, the three functions are a reverse layer by itself.
+    is what a chain is made of, the three functions are a reverse layer by itself. `way(weight, operation)`: how a layer
+    is computed, where there are several ways.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Backend:
     forward: Callable[[Call], tuple[State, Tensor | None, Tensor]]
     resume: Callable[[Layer, Tensor, Params], State]
     backward: Callable[[Call, State, Tensor | None, Tensor | None, Needs], Grads]
+    way: Callable[[Tensor, Tied], str] | None = None
 
 
 def _reference_why_not(query: Query) -> str | None:
@@ -55,6 +59,7 @@ TABLE: tuple[Backend, ...] = (
         triton.LAYER.forward,
         triton.LAYER.resume,
         triton.LAYER.backward,
+        partial(triton.way, "measured"),
     ),
     Backend(
         "reference",
@@ -68,6 +73,18 @@ TABLE: tuple[Backend, ...] = (
 )
 
 
+def _of_triton(how: str, summary: str, layer: PointwiseLayer) -> Backend:
+    functions = (layer.kernels, layer.forward, layer.resume, layer.backward)
+    return Backend(f"triton:{how}", summary, triton.why_not, *functions, partial(triton.way, how))
+
+
+# Never chosen, but to be asked for by name, in one call or in `wrap`.
+ON_REQUEST: tuple[Backend, ...] = (
+    _of_triton("fused", "every convolution that a fused kernel serves in that kernel", triton.FUSED),
+    _of_triton("library", "every convolution by cuDNN, with a pointwise kernel behind it", triton.LIBRARY),
+)
+
+
 def backends() -> tuple[str, ...]:
     """Names of the backends, in order of preference."""
     return tuple(b.name for b in TABLE)
@@ -75,7 +92,7 @@ def backends() -> tuple[str, ...]:
 
 def by_name(name: str) -> Backend:
     """The backend called `name`. Raises ValueError with the names there are."""
-    for backend in TABLE:
+    for backend in (*TABLE, *ON_REQUEST):
         if backend.name == name:
             return backend
     raise ValueError(f"there is no backend {name!r}; backend must be None or one of {', '.join(backends())}")

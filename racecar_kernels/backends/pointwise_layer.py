@@ -24,8 +24,9 @@ class PointwiseLayer:
     def forward(self, call: Call) -> tuple[State, Tensor | None, Tensor]:
         """The layer's state, u where that must be kept instead of a (else None), and Σ (target - undo_pre(a))²."""
         r, kernels = _reverse(call), self.kernels()
-        reading, kept = reverse.run(kernels, r)
-        loss, _ = reverse.compare(kernels, r, reading.lazy, None, None)
+        reading, kept, loss, _ = reverse.run(kernels, r)
+        if loss is None:
+            loss, _ = reverse.compare(kernels, r, reading.lazy, None, None)
         if keeps_output(call.layer):
             a = reverse.made(kernels.materialise(reading.lazy, in_place=True)[0])
             return State(a, self.resumed(call.layer, a, call.params)), None, loss

@@ -9,12 +9,13 @@ channels_last; a source that stands for itself repeated by whole factors meets a
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..fused import Incoming, Result
 from ..layer import Ints, Tied
 from ..lazy import Lazy, Window
 from ..transposed import fold_adjoint
@@ -22,7 +23,6 @@ from . import configs, device
 from . import transposed_kernels as kernels
 from .pointwise import _handed, _wide
 from .transposed_operands import (
-    Incoming,
     as_lazy,
     blocks_of,
     check,
@@ -40,14 +40,6 @@ from .transposed_operands import (
 )
 from .transposed_shipped import shipped as shipped
 from .tuning import launcher
-
-
-class Result(NamedTuple):
-    """What was kept (u or a), Σ (d - undo(a))² and a - minus; each None where it was not asked for."""
-
-    kept: Tensor | None
-    loss: Tensor | None
-    source: Tensor | None
 
 
 def why_not(
@@ -78,6 +70,13 @@ def why_not_gradient(incoming: Incoming, window: Window = None) -> str | None:
     if incoming.a is not None and incoming.a.shift is not None:
         return "a norm's own gradients are sums over g_u, which the pointwise kernel computes"
     return None
+
+
+def why_not_gradients(
+    incoming: Incoming, others: list[Lazy], weight: Tensor, tied: Tied, given: Ints, factor: Ints | None = None
+) -> str | None:
+    """None where the gradients from g_u, with `others` read beside it, are served; given: the shape of y."""
+    return why_not_gradient(incoming) or why_not_pair(incoming, others, weight, tied, given, factor)
 
 
 @launcher
@@ -150,7 +149,7 @@ def source_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """∂/∂y of `shape` (that of y, so smaller by `factor`) from g_u, and ∂/∂bias = -Σ ∂/∂y per channel."""
     like = incoming.like
-    check(why_not_gradient(incoming) or why_not_pair(incoming, [], weight, tied, shape, factor))
+    check(why_not_gradients(incoming, [], weight, tied, shape, factor))
     weight, tied = folded_weight(weight, tied, factor)
     size, pixels = sizes_of(tuple(like.shape), shape, weight, tied)
     own = configs.gemm("source", kind_of(weight), size["CG_IN"], size["CG_OUT"], taps_of(weight), device.of(weight))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.triton import DTYPES
+from ..fused import Incoming as Incoming
 from ..layer import Ints, Tied
 from ..lazy import Lazy, Window
 from ..pointwise import numbered
@@ -21,23 +22,6 @@ from .pointwise import _handed, _listed
 MOST_STRIDE = 4
 MOST_TAPS = 4  # of the window of a pooling that is undone in the epilogue
 MOST_ELEMENTS = 2**31 - 2**16  # of one image and of the weight: offsets within them have 32 bits; and pixels of all
-
-
-class Incoming(NamedTuple):
-    """g_u = act_a'(a) · (g + c2 · (a - d)), computed where it is read; g_u = g without a. At the size of u."""
-
-    g: Tensor | None
-    a: Lazy | None = None
-    d: Lazy | None = None
-    c2: Tensor | None = None
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of u's shape and type."""
-        found = self.g if self.g is not None else None if self.a is None else self.a.x
-        if found is None:
-            raise ValueError("the gradient of u needs g, or a, d and c2; got neither")
-        return found
 
 
 # ------------------------------------------------------------------------------------------- what is served
