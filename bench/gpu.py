@@ -111,7 +111,7 @@ def started_report(target: Path, facts: Report, options: argparse.Namespace) -> 
     try:
         earlier: Report = json.loads(target.read_text())
         same = earlier["machine"] == facts and earlier["dry_run"] == options.dry_run
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return fresh
     if not same:
         print(f"{target.name} is of other sources, versions or another machine: every step is repeated")
@@ -138,6 +138,7 @@ def build_extension() -> None:
         return
     built = run(["setup.py", "build_ext", "--inplace"], BUILD_LIMIT_S)
     check = run(["-c", "from racecar_kernels import extension as e; print(e.why_not() or 'in use')"], BUILD_LIMIT_S)
+    extension.forget()
     print(f"compiled extension: {check['output'].strip() or built['output'].strip()[-300:]}")
 
 

@@ -64,7 +64,8 @@ def _is_full(step: Report) -> bool:
 
 def _bandwidth_target(steps: Report, dtype: str) -> list[str]:
     """The slowest pointwise kernel; none is left out because it is wrong."""
-    rows = steps.get(f"bandwidth {dtype}", {}).get("rows", [])
+    step = steps.get(f"bandwidth {dtype}", {})
+    rows = [] if "error" in step else step.get("rows", [])
     known = [row["share"] for row in rows if "share" in row]
     value = min(known) if known and len(known) == len(rows) else None
     said = SUITE.unmeasured if value is None else "met" if value >= GOAL else "NOT MET"

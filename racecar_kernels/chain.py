@@ -23,6 +23,7 @@ from . import phi, pooling, reverse, transposed
 from .backends import Query, choose
 from .contract import Params
 from .layer import Chain, Latent, Layer, Step
+from .layout import memory_format_of
 from .lazy import Lazy, Window
 from .pointwise import Family
 from .reverse import Reverse, made, whole, wide_of
@@ -142,6 +143,8 @@ def first_layer(tied: Tied, kernels: Family) -> First | None:
         window = pooling.window_of(layers[1].pre)[1] if len(layers) > 1 else None
         if window is None:
             return None
+    if torch.channels_last not in (memory_format_of(tied.x), memory_format_of(tied.weights[0])):
+        return None  # an image of one channel lies both ways, but what is around it does not
     act, args = ("identity", ()) if known.act is None else (known.act.name, known.act.args)
     d = kernels.convolved(tied.x, tied.weights[0], tied.biases[0], layers[0].tied, act, args)
     if d is None or (window is not None and any(k > n for k, n in zip(window, d.x.shape[2:], strict=True))):

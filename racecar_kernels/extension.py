@@ -60,6 +60,11 @@ def warn_once() -> None:
         )
 
 
+def forget() -> None:
+    """Looks for it anew at the next call: it may have been built since."""
+    _found.cache_clear()
+
+
 @functools.cache
 def _found() -> _Found:
     path = FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -15,6 +15,7 @@ from . import undo
 from .activations import TABLE, rounded
 from .layer import Pool, Step, Upsample
 from .lazy import BatchNorm, Gradient, Lazy, Window
+from .transposed import padded
 
 
 def channel_sum_ref(g: Tensor) -> Tensor:
@@ -131,7 +132,8 @@ def in_memory(lazy: Lazy) -> Lazy:
     if lazy.convolved is None:
         return lazy
     image, weight, bias, tied = lazy.convolved
-    c = F.conv2d(image, weight, bias, tied.stride, tuple(first for first, _ in tied.padding), tied.dilation)
+    image, padding = padded(image, tied)
+    c = F.conv2d(image, weight, bias, tied.stride, padding, tied.dilation)
     return lazy._replace(x=c, convolved=None)
 
 

@@ -155,3 +155,21 @@ def test_opcheck(variant, memory, c_in):
     """A trace comes to the shapes that a run comes to."""
     with torch.no_grad():
         torch.library.opcheck(torch.ops.racecar.tied_chain, arguments(make(c_in, 16, bias=True), variant, memory))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("kernel", [2, 3])
+@each_way
+def test_even_kernels_and_either_layout(variant, memory, kernel, layout):
+    """With an even kernel `same` pads one side more; an image of one channel lies both ways."""
+    torch.manual_seed(0)
+    modules = nn.Sequential(
+        nn.Conv2d(1, 16, kernel, padding="same"), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 3, 3, padding=1), nn.Tanh()
+    ).double()
+    sample = describe_chain(modules.to(memory_format=layout), torch.randn(2, 1, 9, 8, dtype=torch.float64))
+    want = grads(*by_definition(sample, variant), sample)
+    got = grads(*rk.tied_chain(*sample.arguments, last=sample.last, variant=variant, memory=memory), sample)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+    kept = torch.ops.racecar.tied_chain(*arguments(sample, variant, memory))[3][0]
+    again = layout == torch.channels_last
+    assert (kept.numel() == 0 or kept.shape[2:] == (4, 4)) == again

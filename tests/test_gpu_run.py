@@ -249,6 +249,9 @@ def test_targets_are_held_against_what_was_measured():
     assert of["bfloat16, mnist: best of plain PyTorch, full / ours, full, store"] == ("1.54", "met")
     assert of["bfloat16, pointwise kernels, the slowest: share of a copy's bandwidth"] == ("0.80", "NOT MET")
     assert of["float32, mnist: ours, full, store"] == ("", "not yet measured on a GPU")
+    steps["bandwidth bfloat16"] = {"kind": "bandwidth", "rows": rows[:1], "error": "stopped after 480 s"}
+    assert gpu_summary._bandwidth_target(steps, "bfloat16")[-1] == "not yet measured on a GPU"
+    steps["bandwidth bfloat16"] = {"kind": "bandwidth", "rows": rows}
     rows[0] = {"kernel": "compare", "wrong": True, "why": "off"}
     assert gpu_summary._bandwidth_target(steps, "bfloat16")[-1] == "not yet measured on a GPU"
 

@@ -13,6 +13,7 @@ from racecar_kernels.layer import Tied
 from racecar_kernels.lazy import Convolved, Lazy
 
 pytestmark = pytest.mark.skipif(extension.load() is None, reason="the extension is not built")
+LAST = torch.channels_last
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
@@ -170,6 +171,13 @@ def test_what_the_kernels_do_not_serve_is_computed_first():
     assert pointwise.why_not(lazy, a) is not None
     c = pointwise.materialise(lazy)[0]
     torch.testing.assert_close(pointwise.sum_of_squares(lazy, a), (c - a.x).square().sum())
+
+
+def test_plain_pytorch_pads_as_the_kernels_do():
+    tied = Tied((1, 1), ((0, 1), (0, 1)), (1, 1))
+    image, weight = (torch.randn(*s, dtype=torch.float64).to(memory_format=LAST) for s in ((2, 1, 6, 5), (16, 1, 2, 2)))
+    lazy = pointwise.convolved(image, weight, None, tied)
+    torch.testing.assert_close(pointwise.materialise_ref(lazy)[0], pointwise.materialise(lazy)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

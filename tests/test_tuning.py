@@ -163,3 +163,31 @@ def test_times_are_taken_on_the_device(tmp_path) -> None:
     assert json.loads((tmp_path / "tuned.json").read_text())["configs"]
     x = torch.randn(1 << 22, device="cuda")
     assert 0 < tuning.milliseconds(lambda: x.mul(2)) < tuning.milliseconds(lambda: [x.mul(2) for _ in range(20)])
+
+
+def test_what_was_looked_up_while_recorded_is_measured_by_its_own_launch(tmp_path, monkeypatch, timed) -> None:
+    path = tmp_path / "tuned.json"
+    with rk.autotune(path):
+        monkeypatch.setattr(tuning, "_is_recorded", lambda: True)
+        product()
+        monkeypatch.setattr(tuning, "_is_recorded", lambda: False)
+        pointwise.sum_of_squares(*(Lazy(torch.randn(2, 3, 4, 5, device=DEVICE)) for _ in range(2)))
+        assert all(name.startswith("pointwise") for name in json.loads(path.read_text())["configs"])
+        product()
+        assert "linear product/ieee/aligned small" in json.loads(path.read_text())["configs"]
+
+
+def test_a_config_that_does_not_run_is_not_kept(tmp_path, monkeypatch) -> None:
+    def milliseconds(run) -> float:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    with rk.autotune(tmp_path / "tuned.json"):
+        assert product().isfinite().all()
+    assert not (tmp_path / "tuned.json").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere/tuned.json", "."])
+def test_where_nothing_can_be_written(tmp_path, name) -> None:
+    with pytest.raises(ValueError, match="a file in a folder that exists, got"), rk.autotune(tmp_path / name):
+        pass

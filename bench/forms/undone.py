@@ -40,7 +40,7 @@ def rows(dtype: torch.dtype, batch: int, c_y: int, c_u: int, side: int) -> list[
     def weight_of(pair: weight_gradient.Pair, factor: tuple[int, ...] | None = None) -> Tensor:
         return weight_gradient.weight_gradient(pair, weight, TIED, factor)
 
-    pays = transposed.folding_pays(tuple(y.shape), weight, FACTOR)
+    pays = transposed.folding_pays(tuple(y.shape), tuple(weight.shape), FACTOR)
     forward = "plain"
     if pays:
         single = single_channel.transposed_serves(y, weight, strided)

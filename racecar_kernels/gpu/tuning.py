@@ -35,6 +35,8 @@ class Tuner:
     """Measures what is new, and writes the file after every shape class."""
 
     def __init__(self, path: Path) -> None:
+        if not path.parent.is_dir() or path.is_dir():
+            raise ValueError(f"configs are written to a file in a folder that exists, got {os.fspath(path)!r}")
         self.path, self.architecture = path, _architecture()
         self.entries = read(path, self.architecture) if path.exists() else {}
         self.lock, self.busy = threading.RLock(), False
@@ -43,9 +45,10 @@ class Tuner:
     def run(self, launch: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The launch's result, with the configs known so far. What it was first to look up is then measured."""
         with self.lock:  # backward passes run in threads of their own
-            result = launch(*args, **kwargs)
             if self.busy:  # a launch within a measured one
-                return result
+                return launch(*args, **kwargs)
+            configs.overlay(self.architecture, self.entries)  # forgets what other launches have looked up
+            result = launch(*args, **kwargs)
             asked = configs.asked(self.architecture)
             new = [name for name in asked if name not in self.entries and len(asked[name]) > 1]
             if new:
@@ -64,7 +67,12 @@ class Tuner:
             times = []
             for candidate in candidates:  # the static one first: it stays unless another is quicker
                 configs.overlay(self.architecture, {**self.entries, name: candidate})
-                times.append(milliseconds(lambda: launch(*args, **kwargs)))
+                try:
+                    times.append(milliseconds(lambda: launch(*args, **kwargs)))
+                except RuntimeError:  # no memory for it, or too few registers on this chip: not the one
+                    times.append(float("inf"))
+            if min(times) == float("inf"):
+                continue
             self.entries[name] = tuple(candidates[times.index(min(times))])
             write(self.path, self.architecture, self.entries)
 
@@ -79,7 +87,7 @@ def autotune(path: str | os.PathLike[str]) -> Iterator[None]:
     A file that exists is added to. What was found stays in effect in this process.
 
     Raises:
-        ValueError: the file is damaged, or was made on another architecture.
+        ValueError: the file is damaged, was made on another architecture, or is in no folder.
     """
     global _tuner
     before, _tuner = _tuner, Tuner(Path(path))
