@@ -49,12 +49,8 @@ def read_value(p_x, m, b_scale, b_shift, p0, p1, p2, ACT: tl.constexpr, DONE: tl
 
 @triton.jit
 def read_channels(p, o_c, m_c):
-    """One value per channel as (1, BLOCK_C), or None. One way out: Triton compiles what stands behind a return."""
-    if p is None:
-        b = None
-    else:
-        b = tl.load(p + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    return b
+    """One value per channel as (1, BLOCK_C). Not of None: Triton 3.6 takes no None as a function's result."""
+    return tl.load(p + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -136,8 +132,9 @@ def materialise_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_scale, b_shift = read_channels(scale, o_c, m_c), read_channels(shift, o_c, m_c)
-    b_minus = read_channels(minus, o_c, m_c)
+    b_scale = read_channels(scale, o_c, m_c) if scale is not None else None
+    b_shift = read_channels(shift, o_c, m_c) if shift is not None else None
+    b_minus = read_channels(minus, o_c, m_c) if minus is not None else None
     o_c = o_c[None, :].to(tl.int64)  # times a stride: a channel of a contiguous image may lie anywhere in it
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -171,9 +168,11 @@ def compare_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    bd_scale, bd_shift = read_channels(d_scale, o_c, m_c), read_channels(d_shift, o_c, m_c)
-    ba_scale, ba_shift = read_channels(a_scale, o_c, m_c), read_channels(a_shift, o_c, m_c)
-    b_minus = read_channels(minus, o_c, m_c)
+    bd_scale = read_channels(d_scale, o_c, m_c) if d_scale is not None else None
+    bd_shift = read_channels(d_shift, o_c, m_c) if d_shift is not None else None
+    ba_scale = read_channels(a_scale, o_c, m_c) if a_scale is not None else None
+    ba_shift = read_channels(a_shift, o_c, m_c) if a_shift is not None else None
+    b_minus = read_channels(minus, o_c, m_c) if minus is not None else None
     o_c = o_c[None, :].to(tl.int64)
     squares = tl.zeros((BLOCK_Q, BLOCK_C), tl.float32)
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
@@ -216,9 +215,11 @@ def grad_reverse_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    bd_scale, bd_shift = read_channels(d_scale, o_c, m_c), read_channels(d_shift, o_c, m_c)
-    ba_scale, ba_shift = read_channels(a_scale, o_c, m_c), read_channels(a_shift, o_c, m_c)
-    b_mean = read_channels(a_mean, o_c, m_c)
+    bd_scale = read_channels(d_scale, o_c, m_c) if d_scale is not None else None
+    bd_shift = read_channels(d_shift, o_c, m_c) if d_shift is not None else None
+    ba_scale = read_channels(a_scale, o_c, m_c) if a_scale is not None else None
+    ba_shift = read_channels(a_shift, o_c, m_c) if a_shift is not None else None
+    b_mean = read_channels(a_mean, o_c, m_c) if a_mean is not None else None
     p_sums = None if partials is None else partials + pid * 2 * C + o_c
     o_c = o_c[None, :].to(tl.int64)
     b_c2 = 0.0 if c2 is None else tl.load(c2).to(tl.float32)
@@ -270,9 +271,11 @@ def grad_forward_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    bd_scale, bd_shift = read_channels(d_scale, o_c, m_c), read_channels(d_shift, o_c, m_c)
-    ba_scale, ba_shift = read_channels(a_scale, o_c, m_c), read_channels(a_shift, o_c, m_c)
-    b_mean = read_channels(d_mean, o_c, m_c)
+    bd_scale = read_channels(d_scale, o_c, m_c) if d_scale is not None else None
+    bd_shift = read_channels(d_shift, o_c, m_c) if d_shift is not None else None
+    ba_scale = read_channels(a_scale, o_c, m_c) if a_scale is not None else None
+    ba_shift = read_channels(a_shift, o_c, m_c) if a_shift is not None else None
+    b_mean = read_channels(d_mean, o_c, m_c) if d_mean is not None else None
     p_sums = None if partials is None else partials + pid * 2 * C + o_c
     o_c = o_c[None, :].to(tl.int64)
     b_c2 = 0.0 if c2 is None else tl.load(c2).to(tl.float32)
@@ -332,8 +335,10 @@ def combine_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    b_k0, b_k1, b_k2 = read_channels(k0, o_c, m_c), read_channels(k1, o_c, m_c), read_channels(k2, o_c, m_c)
-    b_mean = read_channels(mean, o_c, m_c)
+    b_k0 = read_channels(k0, o_c, m_c) if k0 is not None else None
+    b_k1 = read_channels(k1, o_c, m_c) if k1 is not None else None
+    b_k2 = read_channels(k2, o_c, m_c) if k2 is not None else None
+    b_mean = read_channels(mean, o_c, m_c) if mean is not None else None
     for block in range(pid, tl.cdiv(count, BLOCK_Q), programs):
         q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
         n, y, at = window_place(q, h, w, FLAT)

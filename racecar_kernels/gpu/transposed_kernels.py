@@ -72,7 +72,9 @@ def step_place(k, taps_h, taps_w, C, FLAT: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def read_source(p_y, m, c, m_c, scale, shift, p0, p1, p2, bias, ACT: tl.constexpr, DONE: tl.constexpr):
     """s = y - bias in the type of y, 0 outside; y itself is computed where it is read."""
-    s = read_value(p_y, m, read_channels(scale, c, m_c), read_channels(shift, c, m_c), p0, p1, p2, ACT, DONE)
+    b_scale = read_channels(scale, c, m_c) if scale is not None else None
+    b_shift = read_channels(shift, c, m_c) if shift is not None else None
+    s = read_value(p_y, m, b_scale, b_shift, p0, p1, p2, ACT, DONE)
     if bias is not None:
         s = s - read_channels(bias, c, m_c)
     return tl.where(m, s, 0.0).to(p_y.dtype.element_ty)
@@ -91,7 +93,8 @@ def read_gradient(
     if a is not None:
         b_a = read_value(a + n * a_n + o, m, None, None, a_p0, a_p1, a_p2, A_ACT, A_DONE)
         if d is not None:
-            b_scale, b_shift = read_channels(d_scale, c, m_c), read_channels(d_shift, c, m_c)
+            b_scale = read_channels(d_scale, c, m_c) if d_scale is not None else None
+            b_shift = read_channels(d_shift, c, m_c) if d_shift is not None else None
             b_d = read_value(d + n * d_n + o, m, b_scale, b_shift, d_p0, d_p1, d_p2, D_ACT, D_DONE)
             b_g = b_g + b_c2 * (b_a - b_d)
         b_g = tl.where(m, differentiate(b_g, b_a, a_p0, a_p1, a_p2, A_ACT), 0.0)
@@ -173,7 +176,8 @@ def transposed_kernel(
             less = acc - read_channels(minus, o_c, m_n)
         tl.store(source + o, less.to(source.dtype.element_ty), mask=m)
     if d is not None:
-        bd_scale, bd_shift = read_channels(d_scale, o_c, m_n), read_channels(d_shift, o_c, m_n)
+        bd_scale = read_channels(d_scale, o_c, m_n) if d_scale is not None else None
+        bd_shift = read_channels(d_shift, o_c, m_n) if d_shift is not None else None
         squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in tl.static_range(PH + RAGGED_H):
             for j in tl.static_range(PW + RAGGED_W):
