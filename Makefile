@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz sanitize kernels lint format bench bench-ops gpu clean
+.PHONY: help install demo test fuzz sanitize kernels cuda lint format bench bench-ops gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -21,7 +21,7 @@ install: $(STAMP) ## .venv with the package, its extension and all tools
 
 # The stamp is written last, so that an interrupted installation is taken up again and not mistaken for a finished one.
 # PyTorch comes first and by itself: the package's extension is compiled against it, without build isolation.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml constraints.txt setup.py racecar_kernels/cuda_toolkit.py $(wildcard csrc/* csrc/cuda/*)
 	@command -v $(PYTHON) >/dev/null || { echo "no Python is named $(PYTHON); try: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
 	  "Python 3.10 or newer is needed, %s is %d.%d; try: make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
@@ -35,8 +35,10 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 demo: $(STAMP) ## the main job on handwritten digits: a table, and a report with pictures
 	$(BIN)/racecar demo --out racecar-demo $(ARGS)
 
-test: $(STAMP) ## all tests with line coverage; ARGS="tests/test_measure.py --no-cov" for one file
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html $(ARGS)
+# Workers of one thread each: two processes that each use all cores slow each other down many times over.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() or 1))')
+test: $(STAMP) ## all tests with line coverage; ARGS="tests/test_measure.py --no-cov" for one file, WORKERS=0 for one process
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term --cov-report=html $(ARGS)
 	@echo "lines that no test runs: htmlcov/index.html"
 
 CASES ?= 10000
@@ -48,6 +50,9 @@ sanitize: $(STAMP) ## the tests of the C++ under AddressSanitizer and UBSan; ARG
 
 kernels: $(STAMP) ## compiles every shipped Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and reads it back
 	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(BIN)/python -m bench.compile_kernels $(ARGS)
+
+cuda: $(STAMP) ## compiles every CUDA kernel with nvcc for all architectures, without a GPU, and reads it back
+	PYTHONPATH="$(CURDIR):$(CURDIR)/python" $(BIN)/python -m bench.compile_cuda $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, as CI runs them
 	$(BIN)/ruff check .

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,26 +24,38 @@ from racecar.bench.contestants import STD, VARIANTS, contestants
 from racecar.bench.networks import NETWORKS
 from racecar.bench.steps import measure_network
 from racecar.bench.targets import SUITES
+from racecar_kernels import cuda_toolkit
 
 Report = dict[str, Any]
 
 TESTS = machine.ROOT / "tests"
 MOST_AT_ONCE = 8  # processes of tests: what takes their time is compiling kernels
 KERNELS = ("bandwidth", "layers")
+# Small tests that launch every CUDA kernel in every way, and few of PyTorch's, which would be checked as slowly.
+SANITIZED = (
+    "test_cuda_few_channels.py::test_a_repeated_run_gives_the_same_bits",
+    "test_cuda_extension.py::test_folding_is_as_exact_as_plain_pytorch",
+    "test_cuda_linear_chain.py::test_what_runs_again_is_the_same",
+    "test_cuda_linear_chain.py::test_several_tiles_for_a_block_and_a_ragged_last_one",
+)
+SANITIZER, FOUND = "compute-sanitizer", 66  # the tool, and the exit status with which it says that it found something
 NO_TESTS = 5  # pytest's exit status where none was selected
 LINEAR = "linear"
+CHAIN = "mlp"  # the network that is one chain of narrow linear layers
+CHAIN_BACKENDS = ("cuda",)  # whose kernel for it is asked for besides
 LAYER_NETWORKS = ("mnist", "vgg19", "cifar", "smoke", LINEAR)
 
 
 class Step(NamedTuple):
-    """One process, or several with tests. `files`: of tests; `variant`: whose compiled contestant is measured."""
+    """One process, or several with tests. `variant`: whose compiled contestant is measured; `tool`: the sanitizer's."""
 
     name: str
-    kind: str  # tests, network, compiled, bandwidth or layers
-    files: tuple[str, ...] = ()
+    kind: str  # tests, network, compiled, bandwidth, layers, overhead or sanitizer
+    files: tuple[str, ...] = ()  # of tests
     network: str = ""
     dtype: str = ""
     variant: str = ""
+    tool: str = ""
     dry: bool = True  # whether a dry run has it: it does everything once, not for every network
 
 
@@ -51,15 +65,18 @@ def steps() -> list[Step]:
     first, last = ("mnist", "cifar", "vgg19"), ("smoke",)
     found = [*_tests()]
     found += [_network(name, half) for name in first]
-    found += [Step(f"bandwidth {half}", "bandwidth", dtype=half), *_layers(half)]
+    found += [Step(f"bandwidth {half}", "bandwidth", dtype=half), *_layers(half), Step("overhead", "overhead")]
+    found += [
+        Step(f"compute-sanitizer {tool}", "sanitizer", SANITIZED, tool=tool) for tool in ("memcheck", "racecheck")
+    ]
     found += [_network(name, single) for name in first]
     found += [Step(f"bandwidth {single}", "bandwidth", dtype=single, dry=False), *_layers(single)]
-    found += [_network(name, dtype) for name in last for dtype in (half, single)]
+    found += [_network(name, dtype) for name in (CHAIN, *last) for dtype in (half, single)]
     found += [
         Step(f"{name} {dtype} {variant}, torch.compile", "compiled", (), name, dtype, variant, dry=False)
         for variant in VARIANTS
         for dtype in (half, single)
-        for name in (*first, *last)
+        for name in (*first, CHAIN, *last)
     ]
     return found
 
@@ -99,7 +116,11 @@ def _layers(dtype: str) -> list[Step]:
 
 def run_step(step: Step, options: argparse.Namespace, limit: float) -> Report:
     """What a step found, with its seconds; what went wrong stands under `error`."""
-    return run_tests(step, options.dry_run, limit) if step.kind == "tests" else run_measurement(step, options, limit)
+    if step.kind == "tests":
+        return run_tests(step, options.dry_run, limit)
+    if step.kind == "sanitizer":
+        return run_sanitizer(step, options.dry_run, limit)
+    return run_measurement(step, options, limit)
 
 
 def run_tests(step: Step, dry_run: bool, limit: float) -> Report:
@@ -123,6 +144,40 @@ def run_tests(step: Step, dry_run: bool, limit: float) -> Report:
     if not found["passed"]:
         found["error"] = "\n".join(bad)[-4000:] or "no test was run"
     return found
+
+
+def run_sanitizer(step: Step, dry_run: bool, limit: float) -> Report:
+    """The small CUDA cases under a tool of compute-sanitizer. A dry run says how, and runs the same tests without it.
+
+    Every tensor has an allocation of its own, so that what is written or read beyond it is seen.
+    """
+    found = sanitizer()
+    tool = [found or SANITIZER, "--tool", step.tool, f"--error-exitcode={FOUND}", "--target-processes=all"]
+    if found is None and not dry_run:
+        return {"seconds": 0.0, "left_out": f"{SANITIZER} is not installed; it comes with the CUDA toolkit"}
+    argv = ["-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", *(str(TESTS / f) for f in step.files)]
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    print(shlex.join([*tool, sys.executable, *argv]), flush=True)
+    done = run(argv, limit, variables, () if dry_run else tool)
+    report: Report = {"seconds": done["seconds"]}
+    if done["returncode"] != 0:
+        report["error"] = done["output"][-4000:] or f"exit status {done['returncode']}"
+    elif dry_run:
+        report["left_out"] = "a dry run runs its tests without the tool"
+    elif " passed" not in done["output"]:
+        report["left_out"] = f"its tests did not run: {' '.join(done['output'].splitlines()[-1:])}"
+    else:
+        report["tool"] = step.tool
+    return report
+
+
+def sanitizer() -> str | None:
+    """The path of compute-sanitizer: on PATH, or beside nvcc."""
+    try:
+        beside = str(cuda_toolkit.find().path.parent)
+    except cuda_toolkit.ToolkitError:
+        beside = ""
+    return shutil.which(SANITIZER) or shutil.which(SANITIZER, path=beside)
 
 
 def counted(files: list[Path]) -> dict[str, int]:
@@ -151,14 +206,17 @@ def run_measurement(step: Step, options: argparse.Namespace, limit: float) -> Re
         return found
 
 
-def run(argv: list[str], limit: float, variables: dict[str, str] | None = None) -> Report:
-    """This Python with `argv` in the tree's root; output and exit status, None after the time limit."""
+def run(argv: list[str], limit: float, variables: dict[str, str] | None = None, under: Sequence[str] = ()) -> Report:
+    """This Python with `argv` in the tree's root; output and exit status, None after the time limit.
+
+    under: the command of a tool that Python is run in.
+    """
     paths = [str(machine.ROOT), str(machine.ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     try:
         done = subprocess.run(
-            [sys.executable, *argv],
+            [*under, sys.executable, *argv],
             cwd=machine.ROOT,
             env={**environment, **(variables or {})},
             stdin=subprocess.DEVNULL,
@@ -181,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     """One measuring step, in this process: what `run_measurement` starts."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_steps", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--step", choices=[s.name for s in steps() if s.kind != "tests"], required=True)
+    parser.add_argument(
+        "--step", choices=[s.name for s in steps() if s.kind not in ("tests", "sanitizer")], required=True
+    )
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--rounds", type=int)
     options = parser.parse_args(arguments)
@@ -199,7 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
         part.write_text(json.dumps({**known, "network": step.network, "tf32": tf32, **found}))
         part.replace(options.out)
 
-    measure = _measure_network if step.kind in ("network", "compiled") else _measure_kernels
+    by_kind = {"network": _measure_network, "compiled": _measure_network, "overhead": _measure_overhead}
+    measure = by_kind.get(step.kind, _measure_kernels)
     found = measure(step, device, options.dry_run, options.rounds, finished)
     finished(found)
     wrong = [row for row in found.get("rows", []) if row.get("wrong")]
@@ -214,11 +275,12 @@ def _measure_network(
     step: Step, device: str, dry_run: bool, rounds: int | None, finished: Callable[[Report], None]
 ) -> Report:
     network = NETWORKS[step.network]
-    chosen = contestants(compiled=step.kind == "compiled")
+    chosen = contestants(compiled=step.kind == "compiled", backends=CHAIN_BACKENDS if step.network == CHAIN else ())
     if step.kind == "compiled":  # the others are in a step of their own: compiling alone takes minutes
         plain = f"plain PyTorch, {step.variant}"
         ours = "store" if step.variant == "full" else "deferred"
-        names = (STD, plain, f"{plain}, torch.compile", f"ours, {step.variant}, {ours}")
+        ours = f"ours, {step.variant}, {ours}"
+        names = (STD, plain, f"{plain}, torch.compile", ours, *(f"{ours}, {name}" for name in CHAIN_BACKENDS))
         chosen = [c for c in chosen if c.name in names]
     measured = measure_network(
         network,
@@ -231,6 +293,14 @@ def _measure_network(
         tiny=dry_run,
     )
     return measured.as_json()
+
+
+def _measure_overhead(
+    step: Step, device: str, dry_run: bool, rounds: int | None, finished: Callable[[Report], None]
+) -> Report:
+    from bench import overhead
+
+    return overhead.measure(device, rounds or (2 if dry_run else 50))
 
 
 def _measure_kernels(

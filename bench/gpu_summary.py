@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench import overhead
 from bench.bandwidth import GOAL
+from bench.gpu_steps import CHAIN, CHAIN_BACKENDS
 from racecar.bench import tables, targets
 from racecar.bench.steps import Measured
 
 Report = dict[str, Any]
 
 DRY_BANNER = "DRY RUN ON A CPU, with tiny inputs: nothing below says anything about a GPU."
+CHOOSE = "`python -m bench.choose` with the JSON beside this file makes the chooser's table of the layers' rows."
+CHAIN_GOAL = 5
+MOST_US = 15  # of processor time for a reverse layer, forward and backward
 SUITE = targets.SUITES["gpu"]
+FORMS = ("library", "fused", "cuda")  # of a layer, as `bench.layers` measures them
 
 
 def summary(report: Report) -> str:
@@ -27,7 +33,7 @@ def summary(report: Report) -> str:
     lines += ["## Targets", "", targets_table({} if report["dry_run"] else report["steps"]), ""]
     for name, step in report["steps"].items():
         lines += _section(name, step)
-    return "\n".join(lines)
+    return "\n".join([*lines, CHOOSE, ""])
 
 
 def outcome(step: Report) -> str:
@@ -36,7 +42,9 @@ def outcome(step: Report) -> str:
         return f"failed: {step['error'].strip().splitlines()[-1]}"
     if "passed" in step:
         return f"{step['counts']['passed']} passed, {step['counts']['skipped']} skipped"
-    return "measured"
+    if "left_out" in step:
+        return f"left out: {step['left_out']}"
+    return f"{step['tool']} found nothing" if "tool" in step else "measured"
 
 
 def targets_table(steps: Report) -> str:
@@ -50,6 +58,8 @@ def targets_table(steps: Report) -> str:
         }
         rows += [[f"{dtype}, {row[0]}", *row[1:]] for row in (against.get(row[0], row) for row in own)]
         rows.append(_bandwidth_target(steps, dtype))
+        rows.append(_chain_target(steps, dtype))
+    rows.append(_overhead_target(steps))
     return tables.markdown_table(targets.HEAD, rows)
 
 
@@ -73,9 +83,33 @@ def _bandwidth_target(steps: Report, dtype: str) -> list[str]:
     return [name, "GB/s", "", "" if value is None else f"{value:.2f}", "", f"{GOAL:.2f}", "", said]
 
 
+def _chain_target(steps: Report, dtype: str) -> list[str]:
+    """A step of the MLP in one kernel per direction against plain PyTorch's, the faster of eager and compiled."""
+    step = steps.get(f"{CHAIN} {dtype} full, torch.compile", {})
+    seconds = {r["contestant"]: r["step_seconds"]["median"] for r in step.get("results", [])}
+    plain = [taken for name, taken in seconds.items() if name.startswith("plain PyTorch, full")]
+    own = seconds.get(f"{targets.FULL}, {CHAIN_BACKENDS[0]}")
+    value = min(plain) / own if own and len(plain) == 2 else None
+    said = SUITE.unmeasured if value is None else "met" if value >= CHAIN_GOAL else "NOT MET"
+    name = f"{dtype}, {CHAIN}, full, store, backend {CHAIN_BACKENDS[0]}: times faster than plain PyTorch's best"
+    return [name, "step", "", "" if value is None else f"{value:.2f}", "", f"{CHAIN_GOAL:.2f}", "", said]
+
+
+def _overhead_target(steps: Report) -> list[str]:
+    """The dearest replayed reverse layer."""
+    found = [
+        r["reverse_us"] for r in steps.get("overhead", {}).get("overhead", []) if r["contestant"].endswith("replayed")
+    ]
+    said = SUITE.unmeasured if not found else "met" if max(found) <= MOST_US else "NOT MET"
+    value = f"{max(found):.0f}" if found else ""
+    return ["processor time per reverse layer", "µs", "", value, "", f"{MOST_US}", "", said]
+
+
 def _section(name: str, step: Report) -> list[str]:
     if "results" in step:
         return [f"## {name}, batch {step['batch']}", "", _network_table(step), "", *_skipped(step)]
+    if step.get("overhead"):
+        return [f"## {name}", "", tables.markdown_table(overhead.HEAD, overhead.table(step)), ""]
     if not step.get("rows"):
         return [f"{name}: {outcome(step)}", ""]
     table = _bandwidth_table(step) if step["kind"] == "bandwidth" else _layer_table(step)
@@ -110,13 +144,13 @@ def _bandwidth_table(step: Report) -> str:
 
 
 def _layer_table(step: Report) -> str:
-    head = ["layers", "pass", "channels", "size", "folded", "library µs", "fused µs", "library GB/s", "fused GB/s",
-            "library TFLOP/s", "fused TFLOP/s", ""]  # fmt: skip
+    units = ("µs", "GB/s", "TFLOP/s")
+    head = ["layers", "pass", "channels", "size", "folded", *(f"{form} {unit}" for unit in units for form in FORMS), ""]
     return tables.markdown_table(head, [_layer_cells(row) for row in step["rows"]])
 
 
 def _layer_cells(row: Report) -> list[str]:
-    times = [row.get("library_us"), row.get("fused_us")]
+    times = [row.get(f"{form}_us") for form in FORMS]
     size = "x".join(map(str, row["size"]))
     names = [row["layers"][0], row.get("pass", ""), f"{row['c_out']} to {row['c_in']}", size]
     rates: Sequence[tuple[str, float]] = (("bytes", 1e3), ("flops", 1e6))  # per µs: to GB/s, to TFLOP/s
@@ -125,7 +159,7 @@ def _layer_cells(row: Report) -> list[str]:
         "yes" if row["factor"] else "",
         *(_number(us) for us in times),
         *(_number(None if us is None else row[what] / us / scale) for what, scale in rates for us in times),
-        row.get("why") or "",
+        "; ".join(row[why] for why in ("why", "cuda_why") if row.get(why)),
     ]
 
 

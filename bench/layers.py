@@ -1,14 +1,17 @@
 """`python -m bench.layers --out layers.json`: full fusion against library convolution and pointwise kernel, per layer.
 
-For every distinct reverse layer of the networks, its three passes, each checked and then timed in both forms:
+For every distinct reverse layer of the networks, its three passes, each checked and then timed in every form: the
+library's, Triton's fused one, and CUDA's where a side has 1 to 4 channels:
 
     forward    u = Wᵀ s; its activation, the residual's squares and the next source
     source     g_u through residual and activation, then the gradients of s and of the bias
-    weight     ∂/∂W; the library is given the g_u that its source pass has made, the fused kernel makes it itself
-               (`fused_given_us`: it is given g_u, too)
+    weight     ∂/∂W; the library is given the g_u that its source pass has made, the other forms make it themselves
+               (`fused_given_us`, `cuda_given_us`: they are given g_u, too)
+    fold       of few channels behind an up-sampling: the folded weight and its adjoint, which the CUDA form's other
+               passes contain; whether its own kernels or PyTorch's pooling do that better
 
 With a norm or an up-sampling in between (`"epilogue": "none"`) u, or its gradient, is all there is beside the product.
-`bytes` and `flops` are the least that a pass needs: every operand read once, every result written once; rates of both
+`bytes` and `flops` are the least that a pass needs: every operand read once, every result written once; rates of all
 forms are taken from them. Without a GPU (--dry-run) tiny shapes run in Triton's interpreter, and no figure means
 anything; their rows have the architecture "interpreter".
 """
@@ -19,8 +22,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ from bench.layer_shapes import Shape, shapes_in
 from racecar.bench import machine
 from racecar.bench.networks import NETWORKS
 from racecar_kernels import few_channels
+from racecar_kernels.cuda.few_operands import MOST as MOST_FEW
+from racecar_kernels.fused import Incoming
 from racecar_kernels.lazy import Lazy
 from racecar_kernels.weight_gradient import Pair
 
@@ -66,20 +71,44 @@ class Operands:
         a = image(*self.like_u)
         self.a = Lazy(a.relu_() if self.act == "relu" else a, None, None, self.act, done=True)
 
+    def gradient_of_u(self) -> Tensor:
+        """By the pointwise kernel."""
+        from racecar_kernels.gpu.pointwise import KERNELS
+
+        if not self.fused_epilogue:
+            return self.g
+        g: Tensor = KERNELS.grad_reverse(Lazy(self.d), self.a, self.shape.window, self.c2, self.g).g
+        return g
+
+    @cached_property
+    def g_u(self) -> Tensor:
+        """The same, kept."""
+        return self.gradient_of_u()
+
     @staticmethod
     def _image(*size: int, dtype: torch.dtype, device: str) -> Tensor:
         return torch.randn(size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-def forms(o: Operands) -> dict[str, dict[str, Form]]:
-    """Pass -> form -> what computes it; see the top of this file."""
-    from racecar_kernels.gpu import transposed as fused
+Passes = dict[str, Form]
+
+
+def forms(o: Operands, kernels: Mapping[str, Any]) -> dict[str, Passes]:
+    """Pass -> form -> what computes it; see the top of this file. kernels: the launchers of every form but library."""
+    found = {name: {"library": run} for name, run in _library(o).items()}
+    for form, launchers in kernels.items():
+        for name, run in _in_one_kernel(o, launchers).items():
+            which, *given = name.split(" ")
+            found[which]["_".join([form, *given])] = run
+    return found
+
+
+def _library(o: Operands) -> Passes:
     from racecar_kernels.gpu.pointwise import KERNELS
 
     factor, window = o.shape.factor, o.shape.window
-    given = tuple(o.s.shape)
 
-    def library_forward() -> Results:
+    def forward() -> Results:
         u = few_channels.forward(KERNELS, o.s, o.weight, o.tied, o.like_u, factor)
         if not o.fused_epilogue:
             return {"u": u}
@@ -89,55 +118,74 @@ def forms(o: Operands) -> dict[str, dict[str, Form]]:
         loss, source = KERNELS.compare(d, lazy, window, minus=o.minus)
         return {"u": u, "loss": loss, "source": source}
 
-    def fused_forward() -> Results:
+    def source() -> Results:
+        g_s = few_channels.source_gradient(KERNELS, o.gradient_of_u(), o.weight, o.tied, factor)
+        return {"s": g_s, "bias": KERNELS.channel_sum(g_s).neg_()}
+
+    g_u = o.g_u
+
+    def weight() -> Results:
+        return {"weight": few_channels.weight_gradient(KERNELS, Pair(g_u, o.s), o.weight, o.tied, factor)}
+
+    return {"forward": forward, "source": source, "weight": weight}
+
+
+def _in_one_kernel(o: Operands, launchers: Any) -> Passes:
+    """By Triton's launchers or by CUDA's, which have one interface; `weight given`: the weight's gradient from g_u."""
+    factor, window = o.shape.factor, o.shape.window
+    given = tuple(o.s.shape)
+
+    def forward() -> Results:
         if not o.fused_epilogue:
-            return _made(u=fused.forward(Lazy(o.s), o.weight, o.tied, o.like_u, factor=factor, keep="u").kept)
+            return _made(u=launchers.forward(Lazy(o.s), o.weight, o.tied, o.like_u, factor=factor, keep="u").kept)
         below = o.act != "identity"
-        found = fused.forward(
+        found = launchers.forward(
             Lazy(o.s), o.weight, o.tied, o.like_u, factor=factor, act=o.act, keep="u", d=Lazy(o.d), window=window,
             source=below, minus=o.minus if below else None,
         )  # fmt: skip
         return _made(u=found.kept, loss=found.loss, source=found.source)
 
-    def gradient_of_u() -> Tensor:
-        if not o.fused_epilogue:
-            return o.g
-        g: Tensor = KERNELS.grad_reverse(Lazy(o.d), o.a, window, o.c2, o.g).g
-        return g
-
-    def library_source() -> Results:
-        g_s = few_channels.source_gradient(KERNELS, gradient_of_u(), o.weight, o.tied, factor)
-        return {"s": g_s, "bias": KERNELS.channel_sum(g_s).neg_()}
-
-    def incoming() -> fused.Incoming:
-        """g_u as the fused kernels read it; through a pooling it is the pointwise kernel's."""
+    def incoming() -> Incoming:
+        """g_u as the kernels read it; through a pooling it is the pointwise kernel's."""
         if not o.fused_epilogue or window is not None:
-            return fused.Incoming(gradient_of_u())
-        return fused.Incoming(o.g, o.a, Lazy(o.d), o.c2)
+            return Incoming(o.gradient_of_u())
+        return Incoming(o.g, o.a, Lazy(o.d), o.c2)
 
-    def fused_source() -> Results:
-        s, bias = fused.source_gradient(incoming(), o.weight, o.tied, given, factor=factor, bias=True)
+    def source() -> Results:
+        s, bias = launchers.source_gradient(incoming(), o.weight, o.tied, given, factor=factor, bias=True)
         return _made(s=s, bias=bias)
 
-    g_u = gradient_of_u()
-    unmade = fused.Incoming(g_u) if window is not None else incoming()  # its source pass has made g_u, too
+    g_u = Incoming(o.g_u)
+    unmade = g_u if window is not None else incoming()  # its source pass has made g_u, too
 
-    def library_weight() -> Results:
-        return {"weight": few_channels.weight_gradient(KERNELS, Pair(g_u, o.s), o.weight, o.tied, factor)}
-
-    def fused_weight(own: fused.Incoming) -> Results:
-        found = fused.weight_gradient(o.weight, o.tied, reverse=(own, Lazy(o.s), None), factor=factor)
+    def weight(own: Incoming) -> Results:
+        found = launchers.weight_gradient(o.weight, o.tied, reverse=(own, Lazy(o.s), None), factor=factor)
         return {"weight": found}
 
     return {
-        "forward": {"library": library_forward, "fused": fused_forward},
-        "source": {"library": library_source, "fused": fused_source},
-        "weight": {
-            "library": library_weight,
-            "fused": partial(fused_weight, unmade),
-            "fused_given": partial(fused_weight, fused.Incoming(g_u)),
-        },
+        "forward": forward,
+        "source": source,
+        "weight": partial(weight, unmade),
+        "weight given": partial(weight, g_u),
     }
+
+
+def _folding(o: Operands, factor: tuple[int, int]) -> tuple[Passes, int]:
+    """PyTorch's and CUDA's, and the bytes that both results need."""
+    from racecar_kernels.cuda import few_operands
+    from racecar_kernels.transposed import fold, fold_adjoint
+
+    kernels, grad = few_operands.folding(o.weight), fold(o.weight.float(), factor)
+
+    def library() -> Results:
+        return {"folded": fold(o.weight, factor), "unfolded": fold_adjoint(grad, factor)}
+
+    def cuda() -> Results:
+        unfolded = kernels.fold_adjoint(grad, factor, grad.dtype)
+        return {"folded": kernels.fold(o.weight, factor), "unfolded": unfolded}
+
+    least = sum(t.nbytes for t in (o.weight, grad, *library().values()))
+    return {"library": library, **({} if kernels is None else {"cuda": cuda})}, least
 
 
 def _made(**tensors: Tensor | None) -> Results:
@@ -154,10 +202,15 @@ def least_bytes(o: Operands, which: str) -> int:
     return sum(t.nbytes for t in (*images, o.weight)) - (o.weight.nbytes if which == "weight" else 0)
 
 
-def measured(shape: Shape, dtype: str, device: str, rounds: int) -> Iterator[Row]:
-    """A row per pass; `why` says why a form has no figure."""
+def rows_of(shape: Shape, dtype: str, device: str, rounds: int) -> Iterator[Row]:
+    """A row per pass, and one for folding.
+
+    `why` says why the fused form has no figure, `cuda_why` why CUDA's has none for few channels.
+    """
+    from racecar_kernels.cuda import few_channels as cuda
     from racecar_kernels.gpu import device as of_device
-    from racecar_kernels.gpu import transposed as fused
+    from racecar_kernels.gpu import transposed
+    from racecar_kernels.gpu.chooser import FOLD
     from racecar_kernels.gpu.transposed_operands import kind_of
 
     o = Operands(shape, getattr(torch, dtype), device)
@@ -167,13 +220,26 @@ def measured(shape: Shape, dtype: str, device: str, rounds: int) -> Iterator[Row
         "dtype": dtype,
         "multiplied": kind,
     }
-    refused = fused.why_not(
-        o.s, o.weight, o.tied, o.like_u, factor=shape.factor, d=o.d if o.fused_epilogue else None, window=shape.window
-    )
-    for name, runs in forms(o).items():
-        row: Row = {**own, "pass": name, **shape.key, "library_us": None, "fused_us": None}
+    launchers = {"fused": transposed, **({"cuda": cuda} if min(shape.c_in, shape.c_out) <= MOST_FEW else {})}
+    refused = {form: _why_not(o, own) for form, own in launchers.items()}
+    kernels = {form: own for form, own in launchers.items() if refused[form] is None}
+    for name, runs in forms(o, kernels).items():
+        row: Row = {**own, "pass": name, **shape.key, "library_us": None, "fused_us": None, "cuda_us": None}
         row |= {"bytes": least_bytes(o, name), "flops": shape.flops}
-        yield timed(row, {"library": runs["library"]} if refused else runs, refused, ALLOWED[kind], device, rounds)
+        row |= {"cuda_why": refused["cuda"]} if refused.get("cuda") else {}
+        yield timed(row, runs, refused["fused"], ALLOWED[kind], device, rounds)
+    if "cuda" in kernels and shape.factor is not None:
+        runs, least = _folding(o, shape.factor)
+        row = {**own, "pass": FOLD, **shape.key, "library_us": None, "fused_us": None, "cuda_us": None}
+        yield timed({**row, "bytes": least, "flops": 0}, runs, None, ALLOWED[kind], device, rounds)
+
+
+def _why_not(o: Operands, launchers: Any) -> str | None:
+    d = o.d if o.fused_epilogue else None
+    why: str | None = launchers.why_not(
+        o.s, o.weight, o.tied, o.like_u, factor=o.shape.factor, d=d, window=o.shape.window
+    )
+    return why
 
 
 def timed(row: Row, runs: dict[str, Form], refused: str | None, allowed: float, device: str, rounds: int) -> Row:
@@ -212,7 +278,7 @@ def measure(
             layers.setdefault(shape, []).extend(f"{name} {m}" for m in numbers)
     for shape, names in layers.items():
         try:
-            rows += [{**row, "layers": names} for row in measured(shape, dtype, device, rounds)]
+            rows += [{**row, "layers": names} for row in rows_of(shape, dtype, device, rounds)]
         except Exception as error:  # one layer's compilation or memory is not to cost the others
             why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             rows.append({"dtype": dtype, **shape.key, "layers": names, "wrong": True, "why": why})
@@ -252,8 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     _write(options.out, found, options.dry_run)
     for row in found["rows"]:
-        print(f"{row['layers'][0]:<10}{row.get('pass', ''):<9}{row.get('library_us')} {row.get('fused_us')}"
-              f"  {row.get('why') or ''}")  # fmt: skip
+        times = " ".join(str(row.get(f"{form}_us")) for form in ("library", "fused", "cuda"))
+        print(f"{row['layers'][0]:<10}{row.get('pass', ''):<9}{times}  {row.get('why') or ''}")
     return 1 if any(row.get("wrong") for row in found["rows"]) else 0
 
 

@@ -5,6 +5,7 @@
 
 void bind_pointwise(pybind11::module_ &module);
 void bind_linear_chain(pybind11::module_ &module);
+void bind_tape(pybind11::module_ &module);
 
 // The level of SIMD instructions in use, of those that pointwise.h lists.
 const char *simd_level_name();

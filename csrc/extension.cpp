@@ -52,4 +52,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("build_facts", &build_facts, "How this module was built, and the number of threads it would use now.");
   bind_pointwise(module);
   bind_linear_chain(module);
+  bind_tape(module);
 }

@@ -5,7 +5,8 @@
 
 #include <cstdint>
 
-#if defined(_MSC_VER)
+#if defined(RACECAR_INLINE) // cuda/portable.cuh has its own
+#elif defined(_MSC_VER)
 #define RACECAR_INLINE __forceinline
 #else
 #define RACECAR_INLINE inline __attribute__((always_inline)) // a loop with a call left in it is not vectorised

@@ -3,6 +3,7 @@
 
 #include "binding.h"
 #include "pointwise_call.h"
+#include "tape.h"
 
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -173,7 +174,13 @@ Gradient gradient(Call &call, Kernel kernel, bool affine, bool sums, const Maybe
   return {out, sum.to(wide), affine ? MaybeTensor(with_x.to(wide)) : std::nullopt, loss};
 }
 
-Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &window, std::optional<double> c2,
+// Twice the gradient of the sum of squares, one number.
+void take_c2(Call &call, const MaybeTensor &c2) {
+  call.job.loss = c2.has_value();
+  call.job.c2 = c2 ? c2->item<double>() : 0;
+}
+
+Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &window, const MaybeTensor &c2,
                       const MaybeTensor &g_in, bool in_place, bool sums, bool loss) {
   TORCH_CHECK(c2 || !loss, "the sum of squares needs c2, with which the residual is looked at");
   Call call(tensor_of(d), window, {&tensor_of(a), pointer(g_in)});
@@ -182,8 +189,7 @@ Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &wi
     call.at_pooled(*g_in, "g_in");
   call.job.d = call.lazy(d, true);
   call.job.a = call.lazy(a);
-  call.job.loss = c2.has_value();
-  call.job.c2 = c2.value_or(0);
+  take_c2(call, c2);
   if (loss)
     call.sum_squares();
   return gradient(call, call.kernels().grad_reverse, std::get<2>(a).has_value(), sums, g_in,
@@ -191,7 +197,7 @@ Gradient grad_reverse(const LazyTensor &d, const LazyTensor &a, const Window &wi
 }
 
 // Checks what comes into the forward's gradient, and puts it into the job.
-void take_incoming(Call &call, const LazyTensor &d, const std::optional<LazyTensor> &a, std::optional<double> c2,
+void take_incoming(Call &call, const LazyTensor &d, const std::optional<LazyTensor> &a, const MaybeTensor &c2,
                    const MaybeTensor &g_pooled, const MaybeTensor &g_full) {
   TORCH_CHECK(a || !c2, "c2 needs a, from which the residual is taken");
   if (a)
@@ -203,13 +209,12 @@ void take_incoming(Call &call, const LazyTensor &d, const std::optional<LazyTens
   call.job.d = call.lazy(d, true);
   if (a)
     call.job.a = call.lazy(*a);
-  call.job.loss = c2.has_value();
-  call.job.c2 = c2.value_or(0);
+  take_c2(call, c2);
   call.job.pooled = g_pooled ? g_pooled->const_data_ptr() : nullptr;
 }
 
 Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, const Window &window,
-                      std::optional<double> c2, const MaybeTensor &g_pooled, const MaybeTensor &g_full, bool in_place,
+                      const MaybeTensor &c2, const MaybeTensor &g_pooled, const MaybeTensor &g_full, bool in_place,
                       bool sums) {
   Call call(tensor_of(d), window, {a ? &tensor_of(*a) : nullptr, pointer(g_pooled), pointer(g_full)});
   take_incoming(call, d, a, c2, g_pooled, g_full);
@@ -219,7 +224,7 @@ Gradient grad_forward(const LazyTensor &d, const std::optional<LazyTensor> &a, c
 
 // The gradient of the weight whose convolution of `image` gave d.x, and of its bias where that is wanted.
 std::tuple<Tensor, MaybeTensor> grad_weight(const LazyTensor &d, const std::optional<LazyTensor> &a,
-                                            const Window &window, std::optional<double> c2, const MaybeTensor &g_pooled,
+                                            const Window &window, const MaybeTensor &c2, const MaybeTensor &g_pooled,
                                             const MaybeTensor &g_full, const Tensor &image, const Tensor &weight,
                                             const Geometry &stride, const Geometry &padding, const Geometry &dilation,
                                             bool sums) {
@@ -283,13 +288,13 @@ void bind_pointwise(pybind11::module_ &module) {
   module.def("simd_level", &simd_level, "The level in use.");
   module.def("set_simd_level", &set_simd_level, "Chooses a level, for tests and measurements; not while kernels run.");
   module.def("serves", &serves);
-  module.def("channel_sum", &channel_sum, no_gil);
-  module.def("materialise", &materialise, no_gil);
-  module.def("compare", &compare, no_gil);
-  module.def("grad_reverse", &grad_reverse, no_gil);
-  module.def("grad_forward", &grad_forward, no_gil);
-  module.def("grad_weight", &grad_weight, no_gil);
-  module.def("norm_input_grad_", &norm_input_grad_, no_gil);
-  module.def("batch_norm", &batch_norm, no_gil);
-  module.def("batch_norm_backward_", &batch_norm_backward_, no_gil);
+  racecar::define(module, "channel_sum", &channel_sum, no_gil);
+  racecar::define(module, "materialise", &materialise, no_gil);
+  racecar::define(module, "compare", &compare, no_gil);
+  racecar::define(module, "grad_reverse", &grad_reverse, no_gil);
+  racecar::define(module, "grad_forward", &grad_forward, no_gil);
+  racecar::define(module, "grad_weight", &grad_weight, no_gil);
+  racecar::define(module, "norm_input_grad_", &norm_input_grad_, no_gil);
+  racecar::define(module, "batch_norm", &batch_norm, no_gil);
+  racecar::define(module, "batch_norm_backward_", &batch_norm_backward_, no_gil);
 }

@@ -28,14 +28,14 @@ from .lazy import Lazy, Window
 from .pointwise import Family
 from .reverse import Reverse, made, whole, wide_of
 
-# Weights of an output channel up to which computing c again takes about as long as reading it
-# (`python -m bench.forms --only first`).
+# Weights of an output channel up to which c is computed again and not kept: the largest tensor of a small network is
+# saved, for less than twice the time of reading it (`python -m bench.forms --only first`).
 MOST_AGAIN = 12
 
 MaybeTensors = Sequence["Tensor | None"]
 
 
-class Tied(NamedTuple):
+class ChainTensors(NamedTuple):
     """The tensors of a chain beside its description; cuts out what belongs to layer m, counted from 0."""
 
     chain: Chain
@@ -83,7 +83,7 @@ def keeps_result(chain: Chain, m: int) -> bool:
 # ------------------------------------------------------------------------------------------- forward
 
 
-def forward(tied: Tied, *, store: bool, reverse: bool = True) -> Ran:
+def forward(tied: ChainTensors, *, store: bool, reverse: bool = True) -> Ran:
     """The chain, and its reverse unless that is put off until the backward."""
     chain, kernels = tied.chain, tied.kernels()
     n = len(chain.layers)
@@ -133,7 +133,7 @@ class First(NamedTuple):
     again: bool
 
 
-def first_layer(tied: Tied, kernels: Family) -> First | None:
+def first_layer(tied: ChainTensors, kernels: Family) -> First | None:
     """A matter of shapes, types and strides alone: the backward and a trace find it as the forward does."""
     layers, known = tied.chain.layers, phi.parts(tied.latent(0)[0])
     if layers[0].pre or layers[0].tied.dims != 2 or known is None or known.norm is not None:
@@ -182,7 +182,9 @@ def convolve(p: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> Te
 # ------------------------------------------------------------------------------------------- reverse
 
 
-def reverse_all(tied: Tied, kernels: Family, inputs: Sequence[Lazy], *, store: bool) -> tuple[Tensor, list[Tensor]]:
+def reverse_all(
+    tied: ChainTensors, kernels: Family, inputs: Sequence[Lazy], *, store: bool
+) -> tuple[Tensor, list[Tensor]]:
     """Every layer's loss, m = 1 first; and where `store` one tensor per layer, then the norms' statistics in turn."""
     chain, n = tied.chain, len(tied.chain.layers)
     zero = tied.x.new_zeros((), dtype=wide_of(tied.x))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import few_channels, phi, pooling, reference, reverse, undo
-from .chain import Tied, first_layer, keeps_result, received, reverse_all, reverse_stats_count
+from .chain import ChainTensors, first_layer, keeps_result, received, reverse_all, reverse_stats_count
 from .layer import Layer
 from .lazy import Lazy, Window
+from .results import as_gradient, loss_dtype
 from .reverse import on_matrix, whole, wide_of
 from .weight_gradient import Pair, joined, product_pays
 
@@ -27,6 +28,14 @@ class Gradients(NamedTuple):
     biases: list[Tensor | None]
     params: list[Tensor | None]
     losses: Tensor | None
+
+    def in_turn(self, inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+        """What the operator gives: one gradient per input (x, weights, biases, params) that `needs` has, the losses."""
+        flat = zip(inputs, [self.x, *self.weights, *self.biases, *self.params], needs, strict=True)
+        grads = [as_gradient(g, t) for t, g, needed in flat if needed and t is not None]
+        x = reverse.made(inputs[0])
+        found = x.new_empty(0) if self.losses is None else self.losses
+        return [*grads, found.to(loss_dtype(x))]
 
 
 class Needs(NamedTuple):
@@ -60,7 +69,9 @@ class Arriving(NamedTuple):
 class Backward:
     """The backward of one chain. It empties `kept` and `back`, what the forward kept: each is let go after its use."""
 
-    def __init__(self, tied: Tied, out: Tensor, stats: Sequence[Tensor], kept: list[Tensor], back: list[Tensor]):
+    def __init__(
+        self, tied: ChainTensors, out: Tensor, stats: Sequence[Tensor], kept: list[Tensor], back: list[Tensor]
+    ):
         self.tied, self.out, self.kept = tied, out, kept
         self.kernels = tied.kernels()
         self.first = first_layer(tied, self.kernels)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from . import chain as mathematics
-from . import chain_backward, linear_chain, phi
+from . import chain_backward, chain_engines, phi, tape
 from .layer import parse_chain
 from .layout import memory_format_of
-from .ops import _LIB, _like, _NoSecondDerivative, loss_dtype
+from .ops import _LIB
+from .results import NoSecondDerivative, loss_dtype
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _TENSORS = "Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] params"
@@ -41,9 +42,10 @@ _LIB.define(
 def _forward(
     x: Tensor, weights: list[Tensor], biases: Any, params: Any, chain: str, memory: str
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    if linear_chain.why_not(parse_chain(chain), x, weights) is None:
-        return linear_chain.forward(chain, x, weights, biases, memory)
-    tied = mathematics.Tied(parse_chain(chain), x, weights, biases, params)
+    engine = chain_engines.serving(parse_chain(chain), x, weights)
+    if engine is not None:
+        return engine.forward(chain, x, weights, biases, memory)
+    tied = mathematics.ChainTensors(parse_chain(chain), x, weights, biases, params)
     with torch._C._DisableAutocast():
         ran = mathematics.forward(tied, store=memory == "store", reverse=memory != "deferred")
     dense = _layouts(tied)
@@ -61,22 +63,20 @@ def _laid_out(t: Tensor, like: torch.memory_format | None) -> Tensor:
 
 def _backward(grad_out: Tensor | None, grad_losses: Tensor | None, *call: Any) -> list[Tensor]:
     x, weights, biases, params, out, stats, kept, back, text, needs = call
-    if linear_chain.why_not(parse_chain(text), x, weights) is None:
-        return linear_chain.backward(text, grad_out, grad_losses, x, weights, biases, out, (kept, back), needs)
-    tied = mathematics.Tied(parse_chain(text), x, weights, biases, params)
+    engine = chain_engines.serving(parse_chain(text), x, weights)
+    if engine is not None:
+        return engine.backward(text, grad_out, grad_losses, x, weights, biases, out, (kept, back), needs)
+    tied = mathematics.ChainTensors(parse_chain(text), x, weights, biases, params)
     if kept[-1].numel() == 0:
         kept[-1] = out
     n = len(weights)
     wanted = chain_backward.Needs(needs[0], needs[1 : 1 + n], needs[1 + n : 1 + 2 * n])
     with torch._C._DisableAutocast():
         grads = chain_backward.Backward(tied, out, stats, kept, back).run(grad_out, grad_losses, wanted)
-    flat = zip([x, *weights, *biases, *params], [grads.x, *grads.weights, *grads.biases, *grads.params], strict=True)
-    asked = [(t, g) for (t, g), needed in zip(flat, needs, strict=True) if needed and t is not None]
-    found = grads.losses if grads.losses is not None else x.new_empty(0, dtype=loss_dtype(x))
-    return [*(torch.zeros_like(t) if g is None else _like(g, t) for t, g in asked), found.to(loss_dtype(x))]
+    return grads.in_turn([x, *weights, *biases, *params], needs)
 
 
-def _layouts(tied: mathematics.Tied) -> list[torch.memory_format]:
+def _layouts(tied: mathematics.ChainTensors) -> list[torch.memory_format]:
     """Memory format of what every layer gives, as PyTorch's convolutions decide: channels_last spreads.
 
     Where one channel or one pixel leave it open, strides decide.
@@ -88,7 +88,7 @@ def _layouts(tied: mathematics.Tied) -> list[torch.memory_format]:
     return formats
 
 
-def _back_layouts(tied: mathematics.Tied) -> list[torch.memory_format]:
+def _back_layouts(tied: mathematics.ChainTensors) -> list[torch.memory_format]:
     """Memory format of what every reverse layer gives, m = 1 first."""
     formats = _layouts(tied)
     return [
@@ -122,9 +122,14 @@ class TiedChain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, chain: str, memory: str, report: ChainReport | None, n: int, *flat: Any) -> Any:
-        run = torch.ops.racecar.tied_chain if is_watched(flat) else _forward
+        chain = chain_engines.decided(chain, flat[0])
+        given = *_split(flat, n), chain, memory
         with torch._C._AutoDispatchBelowAutograd():
-            out, losses, stats, kept, back = run(*_split(flat, n), chain, memory)
+            if tape.is_watched(flat):
+                out, losses, stats, kept, back = torch.ops.racecar.tied_chain(*given)
+            else:
+                key = ("forward", chain, memory)
+                out, losses, stats, kept, back = tape.run(key, list(flat), lambda: _forward(*given))
         ctx.chain, ctx.report, ctx.n, ctx.counts = chain, report, n, (len(flat), len(stats), len(kept))
         ctx.save_for_backward(*flat, out, *stats, *kept, *back)
         ctx.set_materialize_grads(False)
@@ -141,28 +146,28 @@ class TiedChain(torch.autograd.Function):
         back = list(saved)
         del saved
         # past the operator where nothing watches it: what is kept is then let go as soon as it has been used
-        watched = is_watched((*flat, grad_out, grad_losses))
+        watched = tape.is_watched((*flat, grad_out, grad_losses))
         if not watched:
             ctx.maybe_clear_saved_tensors()  # keeps them if the graph is to be used again
-        run = torch.ops.racecar.tied_chain_backward if watched else _backward
+        given = (grad_out, grad_losses, *_split(flat, ctx.n), out, stats, kept, back, ctx.chain, needs)
         with torch.no_grad():
-            *grads, losses = run(grad_out, grad_losses, *_split(flat, ctx.n), out, stats, kept, back, ctx.chain, needs)
+            if watched:
+                *grads, losses = torch.ops.racecar.tied_chain_backward(*given)
+            else:
+                key = ("backward", ctx.chain, tuple(needs))
+                read = [grad_out, grad_losses, *flat, out, *stats, *kept, *back]
+                *grads, losses = tape.run(key, read, lambda: _backward(*given), lambda: _cleared(kept, back))
         if ctx.report is not None and losses.numel():
             ctx.report.losses = losses
         if torch.is_grad_enabled():  # create_graph=True
-            grads = list(_NoSecondDerivative.apply(len(grads), *grads, *flat, grad_out, grad_losses))
+            grads = list(NoSecondDerivative.apply(len(grads), *grads, *flat, grad_out, grad_losses))
         left = iter(grads)
         return None, None, None, None, *(next(left) if needed else None for needed in needs)
 
 
-def is_watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a mode, a transform, a compiler or a tensor's own class has to see the operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or any(t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg()) for t in tensors)
-    )
+def _cleared(*kept: list[Tensor]) -> None:
+    for tensors in kept:
+        tensors.clear()
 
 
 def _split(flat: Sequence[Any], n: int) -> tuple[Any, Any, Any, Any]:
@@ -179,7 +184,7 @@ _LIB.impl("tied_chain_backward", _backward, "CompositeExplicitAutograd")
 def _fake_forward(
     x: Tensor, weights: list[Tensor], biases: Any, params: Any, chain: str, memory: str
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    tied = mathematics.Tied(parse_chain(chain), x, weights, biases, params)
+    tied = mathematics.ChainTensors(parse_chain(chain), x, weights, biases, params)
     kept, back, stats, back_stats = [], [], [], []
     shape = tuple(x.shape)
     for m, (layer, form, other) in enumerate(zip(tied.chain.layers, _layouts(tied), _back_layouts(tied), strict=True)):
@@ -208,8 +213,9 @@ def _fake_forward(
         kept[0] = x.new_empty(pooled if memory == "store" else 0)
         kept[0] = _laid_out(kept[0], _layouts(tied)[0])
     losses = x.new_empty(len(weights), dtype=loss_dtype(x))
-    if linear_chain.why_not(tied.chain, x, weights) is None:
-        kept, back = linear_chain.fake_kept(tied.chain, x, weights, memory)
+    engine = chain_engines.serving(tied.chain, x, weights)
+    if engine is not None:
+        kept, back = engine.fake_kept(tied.chain, x, weights, memory)
         return out, losses, stats, kept, back
     return out, losses, stats, kept, [*back, *back_stats] if memory == "store" else []
 

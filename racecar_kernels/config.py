@@ -22,6 +22,7 @@ def show_config() -> str:
         f"racecar-kernels {__version__}, Python {platform.python_version()}, PyTorch {torch.__version__}",
         f"threads {torch.get_num_threads()}, GPU {gpu}",
         f"compiled extension: {state}",
+        f"compiled CUDA extension: {extension.why_not(extension.CUDA, warn=False) or 'loaded'}",
         "backends, in order of preference:",
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -127,6 +127,11 @@ def latent_of(module: nn.Module, norm: str = "batch") -> Latent | None:
         return Activation(name, TABLE[name].args(m))
     if isinstance(module, nn.RReLU):
         raise ValueError("RReLU draws random slopes, which the reverse cannot repeat; use LeakyReLU or PReLU")
+    if isinstance(module, nn.SyncBatchNorm):
+        raise UnsupportedError(
+            "SyncBatchNorm takes its statistics over all processes, which the reverse pass does not; BatchNorm and "
+            "GroupNorm can be run backwards"
+        )
     raise UnsupportedError(f"{type(module).__name__} is no norm or elementwise activation, and cannot be run backwards")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import chain_ops, describe, linear_chain, ops
+from . import chain_ops, describe, linear_chain, ops, tape
 from .backends import Query, choose
 from .checks import check, check_chain, check_sequences, check_tensors
 from .descriptions import check_layers
@@ -111,7 +111,7 @@ def reverse_layer(
         norm: statistics of batch norms in training mode: `batch` (of u) or `running`.
         reduction: `l2` = ½·Σ(·)², `sum` = Σ(·)², `mean` = mean(·)².
         memory: `store` keeps one tensor, `recompute` none.
-        backend: name of one of `backends()`; None chooses.
+        backend: name of one of `backends(on_request=True)`; None chooses.
 
     Returns:
         a, with the shape in which the operation saw its input, and the loss, a scalar in float32 or wider.
@@ -245,7 +245,7 @@ def tied_chain(
             its own layer gave.
         memory: `store` keeps one tensor per layer for the reverse, `recompute` none; `deferred` (local) runs the whole
             reverse in the backward pass.
-        backend: name of one of `backends()` for the reverse layers; None chooses.
+        backend: name of one of `backends(on_request=True)` for the reverse layers; None chooses.
         report: receives the losses of a deferred chain, and the statistics that its batch norms took of the batch.
 
     Returns:
@@ -312,7 +312,7 @@ def run_chain(
     differentiated = any(t is not None and t.requires_grad for t in flat) and torch.is_grad_enabled()
     if memory == "deferred" and differentiated and compiling:
         raise RuntimeError("memory='deferred' does not work under torch.compile yet; use 'recompute' or 'store'")
-    if differentiated and (memory == "deferred" or (plain and not chain_ops.is_watched(flat))):
+    if differentiated and (memory == "deferred" or (plain and not tape.is_watched(flat))):
         out, losses, *stats = chain_ops.TiedChain.apply(text, memory, report, len(weights), *flat)
     else:
         policy = "recompute" if memory == "deferred" else memory  # no backward will come: the losses are found at once

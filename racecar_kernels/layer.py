@@ -176,13 +176,14 @@ class Chain:
 
     A layer's `latent` is φ of the layer below, so that of the first one acts on the reverse alone; `last` is φ_n, which
     acts on the forward alone. full: every reverse layer begins where the one above it ended; else (local) at what its
-    own layer gave.
+    own layer gave. precision: of products of matrices in float32, tf32 or ieee; None: as PyTorch's setting is by then.
     """
 
     layers: tuple[Layer, ...]
     last: tuple[Latent, ...] = ()
     full: bool = True
     backend: str | None = None
+    precision: str | None = None
 
     def __str__(self) -> str:
         return _encode(self) if torch.compiler.is_compiling() else _encode_cached(self)

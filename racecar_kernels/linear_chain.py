@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import extension, pointwise
 from .layer import Activation, Chain, Latent, parse_chain
-from .ops import _NoSecondDerivative, loss_dtype
+from .results import NoSecondDerivative, loss_dtype
 
 MaybeTensors = Sequence["Tensor | None"]
 Kept = tuple[list[Tensor], list[Tensor]]  # of the forward, of the reverse
@@ -25,6 +25,7 @@ Kept = tuple[list[Tensor], list[Tensor]]  # of the forward, of the reverse
 # The rule, in one place: well above this width PyTorch's matrix products, layer by layer, are the faster ones.
 WIDEST = 64
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+ONE_CALL = "a chain of narrow linear layers is one call already"
 
 
 def why_not(chain: Chain, x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -48,6 +49,7 @@ def forward(
     text: str, x: Tensor, weights: list[Tensor], biases: MaybeTensors, memory: str
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """What the operator `tied_chain` gives."""
+    extension.never_replayed(ONE_CALL)
     out, losses, d, a = _compiled(text)[1].forward(x, weights, biases, memory == "store", memory != "deferred")
     return out, losses, [], d, a
 
@@ -64,10 +66,26 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """What the operator `tied_chain_backward` gives."""
+    extension.never_replayed(ONE_CALL)
+    return run_backward(_compiled(text)[1], grad_out, grad_losses, x, weights, biases, out, kept, needs)
+
+
+def run_backward(
+    native: Any,
+    grad_out: Tensor | None,
+    grad_losses: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: MaybeTensors,
+    out: Tensor,
+    kept: Kept,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """`backward` by a compiled chain, of whichever device: gradients that `needs` has, in turn, then new losses."""
     n = len(weights)
     d, a = (part[0] if part else None for part in kept)
     of_biases = [needed and b is not None for needed, b in zip(needs[1 + n : 1 + 2 * n], biases, strict=True)]
-    grad_x, grad_w, grad_b, losses = _compiled(text)[1].backward(
+    grad_x, grad_w, grad_b, losses = native.backward(
         grad_out, grad_losses, x, weights, biases, out, d, a, needs[0], needs[1 : 1 + n], of_biases
     )
     found = x.new_empty(0, dtype=loss_dtype(x)) if losses is None else losses
@@ -101,26 +119,32 @@ def apply(
 
 def first_derivatives_only(grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
     """The gradients, which refuse to be differentiated again; called by the node."""
-    return list(_NoSecondDerivative.apply(len(grads), *grads, *inputs))
+    return list(NoSecondDerivative.apply(len(grads), *grads, *inputs))
 
 
 @lru_cache(maxsize=4096)
 def _compiled(text: str) -> tuple[str | None, Any]:
     """Why the kernels cannot serve this chain, whatever its tensors; else the chain as they take it."""
     chain = parse_chain(text)
-    reason = _why_never(chain)
+    reason = why_never(chain, (None, "cpp"))
     module = extension.load()
     if reason is not None or module is None:
         return reason or extension.why_not(), None
+    compare = [layer.compare for layer in chain.layers]
+    return None, module.LinearChain(numbered_latents(chain), compare, chain.full, WIDEST)
+
+
+def numbered_latents(chain: Chain) -> list[tuple[int, tuple[float, ...]] | None]:
+    """What acts on a_1, then φ_1 .. φ_n, as csrc/pointwise.h counts activations."""
     first = chain.layers[0].latent
-    latents = [_numbered(own) for own in (first, *map(chain.latent, range(len(chain.layers))))]
-    return None, module.LinearChain(latents, [layer.compare for layer in chain.layers], chain.full, WIDEST)
+    return [_numbered(own) for own in (first, *map(chain.latent, range(len(chain.layers))))]
 
 
-def _why_never(chain: Chain) -> str | None:
+def why_never(chain: Chain, backends: Sequence[str | None]) -> str | None:
+    """Why no kernels of these backends serve a chain as linear layers, whatever its tensors; None if they may."""
     if not any(layer.compare for layer in chain.layers):
         return "no layer is compared"
-    if chain.backend not in (None, "cpp"):
+    if chain.backend not in backends:
         return f"backend {chain.backend!r} was asked for"
     if not all(layer.tied.dims == 0 and not layer.pre for layer in chain.layers):
         return "not all of its layers are linear"

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tape
 from .backends import Backend, Query, choose
 from .checks import check
 from .contract import Call, Grads, Needs, State, keeps_output
 from .layer import Segment, parse
+from .results import NoSecondDerivative, as_gradient, loss_dtype
 
 _LIB = torch.library.Library("racecar", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -73,11 +75,6 @@ class Inputs:
         return Call(
             layer, self.segment.undo_of(i), y, self.targets[i], self.weights[i], self.biases[i], self.params_of[i]
         )
-
-
-def loss_dtype(*tensors: Tensor) -> torch.dtype:
-    """Losses are accumulated and reported in float32, or in float64 where anything is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def layout(y: Tensor, weight: Tensor) -> torch.memory_format:
@@ -173,15 +170,7 @@ class _Wanted:
         each += list(zip(self.weights, [g.weight for g in grads], inputs.weights, strict=True))
         each += list(zip(self.biases, [g.bias for g in grads], inputs.biases, strict=True))
         each += list(zip(self.params, [p for g in grads for p in g.params], inputs.params, strict=True))
-        return [torch.zeros_like(x) if g is None else _like(g, x) for wanted, g, x in each if wanted and x is not None]
-
-
-def _like(g: Tensor, x: Tensor) -> Tensor:
-    """g in the shape, dtype and memory layout of the input x, as the fake implementation promises."""
-    if g.shape != x.shape:
-        g = g.reshape(x.shape)
-    same = g.dtype == x.dtype and g.stride() == x.stride()
-    return g if same else torch.empty_like(x).copy_(g)
+        return [as_gradient(g, x) for wanted, g, x in each if wanted and x is not None]
 
 
 # ------------------------------------------------------------------------------------------- fake
@@ -220,8 +209,7 @@ class _ReverseLayers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, segment: str, keep: bool, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            a, losses, kept = torch.ops.racecar.reverse_layers(*_unflatten(segment, flat), segment, keep)
+        a, losses, kept = _run(segment, flat, keep)
         ctx.segment, ctx.inputs = segment, len(flat)
         if keep and kept[-1].numel() == 0:
             kept[-1] = a
@@ -234,6 +222,15 @@ class _ReverseLayers(torch.autograd.Function):
         saved = ctx.saved_tensors
         flat, kept = saved[: ctx.inputs], saved[ctx.inputs :]
         return None, None, *backward(ctx.segment, flat, kept, ctx.needs_input_grad[2:], grad_a, grad_losses)
+
+
+def _run(segment: str, flat: Sequence[Tensor | None], keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The operator; past it, where nothing watches."""
+    given = (*_unflatten(segment, flat), segment, keep)
+    with torch._C._AutoDispatchBelowAutograd():
+        if tape.is_watched(flat):
+            return torch.ops.racecar.reverse_layers(*given)
+        return tape.run(("reverse", segment, keep), list(flat), lambda: _forward(*given))
 
 
 class Report:
@@ -264,8 +261,7 @@ class Deferred(torch.autograd.Function):
         needs_passed, *needs = ctx.needs_input_grad[2:]
         own: list[Tensor | None] = [None] * len(flat)
         if grad_loss is not None:
-            with torch._C._AutoDispatchBelowAutograd():
-                a, losses, kept = torch.ops.racecar.reverse_layers(*_unflatten(ctx.segment, flat), ctx.segment, True)
+            a, losses, kept = _run(ctx.segment, flat, True)
             ctx.report.loss, ctx.report.ran = losses[0], True
             kept = [a if k.numel() == 0 else k for k in kept]
             del a
@@ -294,28 +290,16 @@ def backward(
     if grad_a is None and grad_losses is None:
         return [None] * len(flat)
     with torch.no_grad():
-        grads = torch.ops.racecar.reverse_layers_backward(
-            grad_a, grad_losses, *_unflatten(segment, flat), segment, kept, list(needs)
-        )
+        given = (grad_a, grad_losses, *_unflatten(segment, flat), segment, list(kept), list(needs))
+        read = [grad_a, grad_losses, *flat, *kept]
+        if tape.is_watched(read):
+            grads = torch.ops.racecar.reverse_layers_backward(*given)
+        else:
+            grads = tape.run(("reverse backward", segment, tuple(needs)), read, lambda: _backward(*given))
     if torch.is_grad_enabled():  # create_graph=True
-        grads = _NoSecondDerivative.apply(len(grads), *grads, *flat, grad_a, grad_losses)
+        grads = NoSecondDerivative.apply(len(grads), *grads, *flat, grad_a, grad_losses)
     left = iter(grads)
     return [next(left) if needed else None for needed in needs]
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Refuses to differentiate gradients again, rather than to leave out what they depend on."""
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(g.detach() for g in tensors[:count] if g is not None)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "the reverse pass has first derivatives only; keep reverse_loss out of a loss that differentiates "
-            "gradients (create_graph=True), for example by wrapping the model with lam=0 for that part"
-        )
 
 
 def _autograd(*call: Any) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import latent
 from .contract import Params
+from .fused import Affine
 from .layer import Activation, Latent, Norm
 from .lazy import BatchNorm, Gradient, Lazy
 from .pointwise import Family, served
@@ -69,10 +70,34 @@ def writes_result(own: tuple[Latent, ...], *, pooled: bool) -> bool:
     return not pooled or (known.act is not None and known.act.name not in _CHEAP)
 
 
+def affine_of(own: tuple[Latent, ...], params: Params) -> Affine | None:
+    """The batch norm that φ begins with, where a kernel may take its statistics while it writes what φ is applied to.
+
+    None where there is none, its statistics are running ones, or float64 takes part.
+    """
+    known = parts(own)
+    if known is None or known.norm is None or known.norm.running:
+        return None
+    weight, bias, *_ = params
+    if any(t is not None and t.dtype == torch.float64 for t in (weight, bias)):
+        return None
+    return Affine(weight, bias, known.norm.eps)
+
+
 def read(
-    kernels: Family, c: Tensor, own: tuple[Latent, ...], params: Params, stats: Sequence[Tensor] = (), *, done: bool
+    kernels: Family,
+    c: Tensor,
+    own: tuple[Latent, ...],
+    params: Params,
+    stats: Sequence[Tensor] = (),
+    *,
+    done: bool,
+    norm: BatchNorm | None = None,
 ) -> Reading:
-    """φ(c). `stats`: mean and 1/deviation, where they are known already; `done`: c is φ's result."""
+    """φ(c). `stats`: mean and 1/deviation, where they are known already; `done`: c is φ's result.
+
+    `norm`: the batch norm of c that φ begins with (see `affine_of`), where the kernel that wrote c found it.
+    """
     known = parts(own)
     if known is None:
         a, entries = latent.forward(c, own, params)
@@ -80,7 +105,8 @@ def read(
     name, args = ("identity", ()) if known.act is None else (known.act.name, known.act.args)
     if known.norm is None:
         return Reading(Lazy(c, None, None, name, args, done=done))
-    norm = _batch_norm(kernels, c, known.norm, params, stats)
+    if norm is None:
+        norm = _batch_norm(kernels, c, known.norm, params, stats)
     return Reading(Lazy(c, norm.scale, norm.shift, name, args, mean=norm.mean), norm)
 
 

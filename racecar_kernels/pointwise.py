@@ -187,7 +187,7 @@ def grad_reverse(
     module = _module(d, a, g_in, window=window)
     if module is None:
         return grad_reverse_ref(d, a, window, c2, g_in, in_place=in_place, sums=sums, loss=loss)
-    return Gradient(*module.grad_reverse(_handed(d), _handed(a), window, _number(c2), g_in, in_place, sums, loss))
+    return Gradient(*module.grad_reverse(_handed(d), _handed(a), window, c2, g_in, in_place, sums, loss))
 
 
 def grad_forward(
@@ -212,7 +212,7 @@ def grad_forward(
     if module is None:
         return grad_forward_ref(d, a, window, c2, g_pooled, g_full, in_place=in_place, sums=sums)
     other = None if a is None else _handed(a)
-    found = module.grad_forward(_handed(d), other, window, _number(c2), g_pooled, g_full, in_place, sums)
+    found = module.grad_forward(_handed(d), other, window, c2, g_pooled, g_full, in_place, sums)
     return Gradient(*found)
 
 
@@ -242,7 +242,7 @@ def grad_weight(
         return None
     before = [first for first, _ in tied.padding]
     other = None if a is None else _handed(a)
-    given = (_handed(d), other, window, _number(c2), g_pooled, g_full, image, weight)
+    given = (_handed(d), other, window, c2, g_pooled, g_full, image, weight)
     found: tuple[Tensor, Tensor | None] = module.grad_weight(*given, tied.stride, before, tied.dilation, sums)
     return found
 
@@ -374,10 +374,6 @@ def numbered(act: str, args: tuple[Any, ...]) -> tuple[int, tuple[float, ...]] |
         return None
     number, *parameters = _KERNELS[act](*args)
     return number, tuple(map(float, parameters))
-
-
-def _number(c2: Tensor | None) -> float | None:
-    return None if c2 is None else float(c2)
 
 
 def _listed(values: Any) -> str:

@@ -117,9 +117,10 @@ def run(
 ) -> Ran:
     """s is what `source` gives, if it is there already; `below` and `minus` are those of `compare`."""
     factor = factor_of(r)
-    found = None if kernels.fused is None else _run_fused(kernels, kernels.fused, r, s, factor, below, minus)
-    if found is not None:
-        return found
+    if kernels.fused is not None and kernels.fused.takes("forward", r.weight, r.layer.tied, factor):
+        found = _run_fused(kernels, kernels.fused, r, s, factor, below, minus)
+        if found is not None:
+            return found
     s = spread(source(kernels, r) if s is None else s, r, factor)
     u = few_channels.forward(kernels, s, r.weight, r.layer.tied, r.layer.input_shape(tuple(r.d.x.shape)), factor)
     del s
@@ -140,10 +141,11 @@ def _run_fused(
     below: Layer | None,
     minus: Tensor | None,
 ) -> Ran | None:
-    """The same in one kernel, but for a norm's statistics and what is behind them; None where none is taken."""
+    """The same in one kernel, but for what is behind a norm's statistics; None where none is taken."""
     own, (known, window) = r.layer.latent, pooling.window_of(r.layer.pre)
     act, args = _activation(r)
     compared = act is not None and known and r.layer.compare
+    goes_on = compared and below is not None and on_matrix(below, r.d.x)
     y, bias = _read(kernels, r, s, factor)
     done = phi.writes_result(own, pooled=True)
     found = fused.forward(
@@ -158,13 +160,14 @@ def _run_fused(
         keep="a" if done else "u",
         d=r.d if compared else None,
         window=window if compared else None,
-        source=compared and below is not None and (minus is not None or act != "identity"),
-        minus=minus if compared and below is not None else None,
+        source=goes_on and (minus is not None or act != "identity"),
+        minus=minus if goes_on else None,
+        norm=phi.affine_of(own, r.params),
     )
     if found is None:
         return None
     kept = made(found.kept)
-    return Ran(phi.read(kernels, kept, own, r.params, done=done), kept, found.loss, found.source)
+    return Ran(phi.read(kernels, kept, own, r.params, done=done, norm=found.norm), kept, found.loss, found.source)
 
 
 def _read(kernels: Family, r: Reverse, s: Tensor | None, factor: Ints | None) -> tuple[Lazy, Tensor | None]:
@@ -279,7 +282,7 @@ def _unwritten(r: Reverse, a: Lazy, g: Tensor | None, c2: Tensor | None) -> Inco
 
 def weight_fused(kernels: Family, r: Reverse, g_u: Incoming | None, factor: Ints | None) -> Tensor | None:
     """The weight's gradient by a fused kernel, where one is taken."""
-    if kernels.fused is None or g_u is None:
+    if kernels.fused is None or g_u is None or not kernels.fused.takes("weight", r.weight, r.layer.tied, factor):
         return None
     y, bias = _read(kernels, r, None, factor)
     return kernels.fused.weight_gradient(r.weight, r.layer.tied, reverse=(g_u, y, bias), factor=factor)
@@ -289,7 +292,7 @@ def source_fused(
     kernels: Family, r: Reverse, g_u: Incoming | None, factor: Ints | None, needs_s: bool, needs_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of s (before its pooling is undone where that is folded) and of the bias by a fused kernel."""
-    if kernels.fused is None or g_u is None:
+    if kernels.fused is None or g_u is None or not kernels.fused.takes("source", r.weight, r.layer.tied, factor):
         return None, None
     shape = r.shape if factor is None else tuple(r.y.x.shape)
     found = kernels.fused.source_gradient(

@@ -66,6 +66,36 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(device, "INTERPRETED", True)
 
 
+@pytest.fixture(autouse=True)
+def _no_tapes():
+    """A test records for itself: what it replaces would not be seen in another one's tape."""
+    from racecar_kernels import tape
+
+    tape.forget()
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """Every call goes through Python, where a test counts what it calls."""
+    from racecar_kernels import tape
+
+    monkeypatch.setattr(tape, "enabled", False)
+
+
+@pytest.fixture
+def precision_of():
+    """`precision_of("matrices", "tf32")`: how PyTorch multiplies float32 on a GPU, or "convolutions"; until the end."""
+    flags = {"matrices": torch.backends.cuda.matmul, "convolutions": torch.backends.cudnn.conv}
+    before = {of: flag.fp32_precision for of, flag in flags.items()}
+
+    def set_to(of, precision):
+        flags[of].fp32_precision = precision
+
+    yield set_to
+    for of, precision in before.items():
+        set_to(of, precision)
+
+
 @pytest.fixture
 def poisoned():
     """Every uninitialised buffer is full of NaN, so that an element which is never written shows."""

@@ -12,12 +12,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from racecar_kernels.gpu import linear_kernels, pointwise_kernels, transposed_kernels
+from racecar_kernels.gpu import linear_kernels, norm_kernels, pointwise_kernels, sums, transposed_kernels
 from racecar_kernels.gpu.shipped import Shipped
 
-MODULES = (pointwise_kernels, transposed_kernels, linear_kernels)
+MODULES = (pointwise_kernels, norm_kernels, transposed_kernels, linear_kernels, sums)
 OPTIONS = {"num_warps": 4, "num_stages": 3}  # Triton's own, where a launcher names none
 MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # of a grid, by CUDA
+USES = ("FORWARD", "REVERSE")  # of a weight, by what its gradient is compiled for
 FAR = 2**31 + 64
 
 
@@ -123,7 +124,8 @@ def covers(entry: Shipped, launch: Launch) -> bool:
     if "PRECISION" not in launch.given:  # no product: registers hold a warp's part, whatever its rows and columns
         each = prod(launch.blocks.values()) / launch.options["num_warps"]
         return each <= prod(compiled.values()) / options["num_warps"]
-    same = all(launch.given.get(n) == entry.constants.get(n) for n in ("PRECISION", "FLAT"))
+    same = all(launch.given.get(n) == entry.constants.get(n) for n in ("PRECISION", "FLAT", *USES))
+    same = same and (launch.given.get("norm_parts") is not None) <= ("norm_parts" in entry.signature)
     return same and launch.options == options and all(launch.blocks[n] <= most for n, most in compiled.items())
 
 

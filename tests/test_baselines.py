@@ -278,7 +278,7 @@ _twice = nn.Linear(3, 3)
         (nn.Sequential(nn.Linear(3, 2)), [X], dict(learning_rate=math.nan), ValueError, "positive and finite, got nan"),
         (nn.Sequential(nn.Linear(3, 2)), [X], dict(learning_rate="fast"), TypeError, "positive number, got 'fast'"),
     ],
-    ids=lambda v: str(v)[:30],
+    ids=lambda v: v if isinstance(v, str) else getattr(v, "__name__", type(v).__name__),
 )
 def test_greedy_refuses(model, batches, kwargs, error, says) -> None:
     before = state_of(model) if isinstance(model, nn.Module) else {}

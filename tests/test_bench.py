@@ -168,6 +168,7 @@ def test_plain_reverse_pass_refuses_what_it_does_not_serve(net, shape, message):
         plain.forward_and_losses(net, torch.randn(shape), "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_contestant_has_the_right_gradients(name):
     assert gradients.check_gradients(NETWORKS[name], contestants.CONTESTANTS, narrow=True) == {}

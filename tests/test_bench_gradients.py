@@ -6,7 +6,7 @@ from operator import attrgetter
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from racecar.bench import contestants, gradients
 from racecar.bench.networks import NETWORKS
@@ -63,3 +63,33 @@ def test_a_kernel_that_is_wrong_is_found_in_either_type(name, only, contestant, 
 def test_what_is_compiled_is_checked_as_it_is_measured():
     assert gradients.ways(contestants.COMPILED[0]) == (False,)
     assert all(gradients.ways(c) == (True, False) for c in contestants.CONTESTANTS)
+
+
+def test_what_serves_no_float64_is_judged_in_float32_alone():
+    def judged(scale: float, **how: bool) -> dict[str, str]:
+        plain = contestants.REFERENCES[0]
+
+        def prepare(net: nn.Module, x: Tensor, lam: float) -> contestants.Forward:
+            forward = plain.prepare(net, x, lam)
+
+            def run() -> Tensor:
+                if x.dtype == torch.float64:
+                    raise AssertionError("it was asked for float64")
+                return forward() * scale
+
+            return run
+
+        return gradients.check_gradients(NETWORKS["mlp"], [contestants.Contestant("single", "full", prepare, **how)])
+
+    assert judged(1.0, double=False) == {}
+    with pytest.raises(gradients.WrongGradientError, match="its float32 gradient is off"):
+        judged(1.001, double=False)
+    with pytest.raises(AssertionError, match="asked for float64"):
+        judged(1.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they run on a GPU")
+def test_backends_that_need_a_gpu_are_left_out_with_their_reason():
+    chosen = contestants.contestants(backends=["cuda"], containing="full, store, cuda")
+    skipped = gradients.check_gradients(NETWORKS["mlp"], chosen)
+    assert list(skipped) == ["ours, full, store, cuda"] and "backend 'cuda' cannot serve" in skipped[chosen[1].name]

@@ -21,6 +21,7 @@ def kept(network: Network, name: str, batch: int = 4) -> dict[tuple[int, str], i
     return {(r.layer, r.role): r.kept for r in where.kept_by_layer(network, BY_NAME[name], batch=batch, tiny=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contestant", BY_NAME)
 @pytest.mark.parametrize("name", ["mnist", "smoke", "mlp"])
 def test_the_sum_is_what_is_kept(name, contestant):
@@ -53,6 +54,7 @@ def test_the_plain_reverse_pass_keeps_what_ours_does_not():
     assert not {role for _, role in ours} & {where.SOURCE, where.UNDONE, where.PLACES, where.POOLED, where.RESIDUAL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "cifar", "smoke", "resnet110", "weather"])
 def test_everything_is_recognised(name):
     network = NETWORKS[name]

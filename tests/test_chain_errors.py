@@ -60,7 +60,7 @@ def refused(error: type[Exception], says: str, **given) -> None:
         (dict(layers=[Layer(Tied(**SAME), (), None)]), "layer 1: latent: must be a tuple of Activation and Norm, got"),
         (dict(last=[nn.ReLU()]), "last holds Activation or Norm of racecar_kernels, got ReLU"),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else "given",
 )
 def test_wrong_types(given, says):
     refused(TypeError, says, **given)
@@ -91,7 +91,7 @@ def test_wrong_types(given, says):
          "layer 1: PReLU needs 1 slope or one for each of 4 channels, got 3"),
         (dict(layers=tied(padding=((9, 9), (1, 1)), padding_mode="reflect")), "layer 1: padding_mode='reflect'"),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else "given",
 )  # fmt: skip
 def test_what_does_not_fit_together(given, says):
     refused(ValueError, says, **given)
@@ -133,7 +133,7 @@ def test_what_does_not_fit_together(given, says):
         (dict(last=[Norm("spectral", 1e-5)], params=[None] * 4), "no norm is of the kind 'spectral'; there are batch"),
         (dict(last=[Norm("group", 1e-5)], params=[None] * 4), "groups of the norm must be a whole number"),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else "given",
 )  # fmt: skip
 def test_values_that_describe_no_layer(given, says):
     refused(ValueError, says, **given)

@@ -47,6 +47,7 @@ def test_help_lists_every_option():
         assert option in plain(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_tiny_run_writes_table_and_report(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "tiny.npz", x=rng.uniform(size=(24, 5, 5)), y=np.arange(24) % 3)

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from toys import halves, same_runs, tiny
 
-import racecar
 from racecar.data import DataError, load_images
 from racecar.demo.contestants import CONTESTANTS, chosen, fresh_network, small_convolutional_network
-from racecar.demo.examine import compare, reconstruct
 from racecar.demo.experiment import Listener, device_of, run_demo
 from racecar.demo.jobs import Job, Workplace
 from racecar.demo.results import PHASES, load_results
@@ -136,26 +134,6 @@ def test_parts_of_classes():
         part_of_each_class(torch.tensor([0, 0, 1]), 0.2)
 
 
-# --- reconstructions
-
-
-def test_reconstruction_of_both_kinds_leaves_the_network_plain():
-    network = fresh_network((1, 8, 8), 10, 0)
-    x = torch.rand(5, 1, 8, 8)
-    back = reconstruct(network, x, batch_size=2)
-    assert back.shape == x.shape and type(network) is nn.Sequential and network.training
-    torch.testing.assert_close(back, racecar.wrap(network, lam=0.0).reconstruct(x))
-
-
-def test_gain_and_errors_of_a_reconstruction():
-    x = torch.rand(5, 1, 3, 3)
-    made = compare(x, 4 * x)
-    assert made.gain == pytest.approx(0.25)
-    assert made.error == pytest.approx(3.0)
-    assert made.error_with_gain == pytest.approx(0.0, abs=1e-6)
-    assert compare(x, torch.zeros_like(x)).error == pytest.approx(1.0)
-
-
 # --- the whole
 
 
@@ -182,10 +160,12 @@ def test_whole_demo(tmp_path):
     assert results.costs["Std"].time_ratio == results.costs["Std"].kept_ratio == results.costs["Std"].peak_ratio == 1.0
     assert results.costs["Std"].kept > results.costs["RR"].kept > 0  # one node keeps less than plain training
     assert results.costs["RR"].peak > results.costs["Std"].peak > 0
-    assert list(results.reversibility["RR"]) == ["0", "3", "5"]
+    assert list(results.reversibility["RR"]) == list(results.depths["RR"]) == ["0", "3", "5"]
+    for name, made in results.reconstructions.items():  # of the same networks, seed 0
+        assert results.depths[name]["5"] == made.error_with_gain <= min(1.0, made.error)
     again, pictures = load_results(tmp_path / "out")
     assert again.runs == results.runs and again.costs == results.costs
-    assert again.reversibility == results.reversibility
+    assert again.reversibility == results.reversibility and again.depths == results.depths
     assert pictures["input"].shape == pictures["reconstruction RR"].shape == (2, 1, 6, 6)
     assert pictures["modes RR¹"].shape == (10, 1, 6, 6)
     runs = sorted(path.name for path in (tmp_path / "out" / "runs").iterdir())
@@ -193,6 +173,7 @@ def test_whole_demo(tmp_path):
     load_checkpoint(fresh_network((1, 6, 6), 2, 0), tmp_path / "out" / "runs" / "RR-seed0-I" / "weights.safetensors")
 
 
+@pytest.mark.slow
 def test_two_workers_give_what_one_gives(tmp_path, finished):
     _, _, want = finished
     stages: list[str] = []

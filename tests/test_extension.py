@@ -36,7 +36,8 @@ def pretend(monkeypatch, result):
 
 
 def built_for(version):
-    return types.SimpleNamespace(build_facts=lambda: {"torch": version})
+    needed = dict.fromkeys(extension.NEEDED[extension.CPP])
+    return types.SimpleNamespace(build_facts=lambda: {"torch": version}, **needed)
 
 
 def test_it_is_in_use_or_says_why_not():
@@ -55,6 +56,14 @@ def test_built_for_this_version(monkeypatch):
     module = built_for(torch.__version__.split("+")[0])
     pretend(monkeypatch, module)
     assert extension.load() is module and extension.why_not() is None
+
+
+def test_built_from_older_sources(monkeypatch):
+    module = built_for(torch.__version__.split("+")[0])
+    del module.Tape
+    pretend(monkeypatch, module)
+    assert extension.load() is None
+    assert "it was built from other sources than these, and has no Tape. To rebuild it" in extension.why_not()
 
 
 def test_not_built(monkeypatch):

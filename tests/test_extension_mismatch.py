@@ -147,6 +147,7 @@ def test_one_that_was_never_built_is_no_reason_to_warn(without: str) -> None:
     assert "told:" not in without and line(without, "loaded:") == "loaded: False"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "says"), WRONG.values(), ids=WRONG)
 def test_what_does_not_fit_is_refused_in_one_sentence(make, says: str, without: str, tmp_path: Path) -> None:
     output = use(tmp_path, make)

@@ -25,7 +25,7 @@ each_bias = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias
 
 
 @pytest.fixture
-def runs(replaced):
+def runs(replaced, unrecorded):
     """For every call of the kernel since, whether it served it."""
     found: list[bool] = []
 

@@ -10,7 +10,7 @@ from racecar.bench.networks import NETWORKS
 pytest.importorskip("triton", reason="Triton is not installed")
 from bench import bandwidth, device_time, layers, linear_layers
 from bench.layer_shapes import Shape, shapes_in
-from racecar_kernels.gpu import pointwise, transposed
+from racecar_kernels.gpu import chooser, pointwise, transposed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 interpreting = pytest.mark.usefixtures("interpreted")
@@ -48,7 +48,7 @@ def test_networks_that_are_no_chains_are_refused():
     "change", [{}, {"window": (2, 2), "factor": None}, {"epilogue": "none"}, {"epilogue": "identity"}]
 )
 def test_rows_of_a_layer(change):
-    rows = list(layers.measured(SMALL._replace(**change), "float32", DEVICE, rounds=1))
+    rows = list(layers.rows_of(SMALL._replace(**change), "float32", DEVICE, rounds=1))
     assert [row["pass"] for row in rows] == ["forward", "source", "weight"]
     for row in rows:
         assert row.keys() >= KEYS and "why" not in row
@@ -60,7 +60,7 @@ def test_rows_of_a_layer(change):
 @interpreting
 def test_what_the_fused_kernels_do_not_serve_has_the_library_alone():
     rows = list(
-        layers.measured(SMALL._replace(stride=(5, 5), kernel=(5, 5), factor=None, size=(10, 10)), "float32", DEVICE, 1)
+        layers.rows_of(SMALL._replace(stride=(5, 5), kernel=(5, 5), factor=None, size=(10, 10)), "float32", DEVICE, 1)
     )
     assert all(row["library_us"] > 0 and row["fused_us"] is None for row in rows)
     assert all("strides up to 4 are served" in row["why"] and "wrong" not in row for row in rows)
@@ -70,7 +70,7 @@ def test_what_the_fused_kernels_do_not_serve_has_the_library_alone():
 def test_a_wrong_fused_kernel_gets_no_figure(monkeypatch):
     right = transposed.forward
     monkeypatch.setattr(transposed, "forward", lambda y, *a, **k: right(y._replace(x=y.x * 1.01), *a, **k))
-    rows = list(layers.measured(SMALL, "float32", DEVICE, rounds=1))
+    rows = list(layers.rows_of(SMALL, "float32", DEVICE, rounds=1))
     assert (
         rows[0]["wrong"]
         and rows[0]["library_us"] is None
@@ -81,16 +81,16 @@ def test_a_wrong_fused_kernel_gets_no_figure(monkeypatch):
 
 @interpreting
 def test_one_broken_layer_does_not_cost_the_others(monkeypatch):
-    right = layers.measured
+    right = layers.rows_of
 
-    def measured(shape, *rest):
+    def rows_of(shape, *rest):
         if shape.c_out == 1:
             raise RuntimeError("out of resources\nand more")
         return right(shape, *rest)
 
     found: list[int] = []
     monkeypatch.setattr(layers, "CHAINS", ("mnist",))
-    monkeypatch.setattr(layers, "measured", measured)
+    monkeypatch.setattr(layers, "rows_of", rows_of)
     monkeypatch.setattr(layers, "timed", lambda row, *rest: row)
     rows = layers.measure(
         ["mnist"], "float32", DEVICE, rounds=1, tiny=True, finished=lambda f: found.append(len(f["rows"]))
@@ -102,9 +102,11 @@ def test_one_broken_layer_does_not_cost_the_others(monkeypatch):
 @interpreting
 def test_rows_of_linear_layers(monkeypatch):
     rows = linear_layers.measure("float32", DEVICE, rounds=1, tiny=True)["rows"]
-    assert [row["pass"] for row in rows] == ["forward", "source", "weight"] * 2
+    assert [row["pass"] for row in rows] == ["output", "tied", "forward", "source", "weight", "both", "input"] * 2
+    assert {pass_ for own in chooser.CHAIN_PASSES.values() for pass_ in own} <= {row["pass"] for row in rows}
     assert all(row.keys() >= KEYS and row["fused_us"] > 0 and row["library_us"] > 0 for row in rows), rows
-    assert rows[0]["kernel"] == [] and rows[0]["pixels"] == 6 and rows[0]["flops"] == 2 * 2 * 6 * 12 * 10
+    assert rows[0]["kernel"] == [] and rows[0]["pixels"] == 6
+    assert [row["flops"] / (2 * 6 * 12 * 10) for row in rows[:7]] == [1, 2, 1, 1, 1, 2, 1]
     monkeypatch.setattr(linear_layers, "forms", lambda *_: {}["broken"])
     rows = linear_layers.measure("float32", DEVICE, rounds=1, tiny=True)["rows"]
     assert [row["why"] for row in rows] == ["KeyError: 'broken'"] * 2 and rows[0]["wrong"]

@@ -75,9 +75,8 @@ def test_a_dry_run_says_so_everywhere(calls, tmp_path, capsys):
     assert calls == DRY
     assert gpu.DRY_BANNER in capsys.readouterr().out
     text = (tmp_path / "summary.md").read_text()
-    assert (
-        gpu.DRY_BANNER in text and text.count("not yet measured on a GPU") == text.count("pointwise kernels, the") * 19
-    )
+    rows = 20 * text.count("pointwise kernels, the") + text.count("processor time per reverse layer")
+    assert gpu.DRY_BANNER in text and text.count("not yet measured on a GPU") == rows
     report = json.loads((tmp_path / "dry-run-cpu.json").read_text())
     assert report["dry_run"] is True and report["device"] == "cpu" and "gpu" not in report["machine"]
     assert list(report["steps"]) == DRY
@@ -141,10 +140,15 @@ def options(tmp_path, *more: str):
     return gpu.parser().parse_args(["--out", str(tmp_path), "--dry-run", *more])
 
 
+def given_to_gpu(tmp_path):
+    return gpu.parser().parse_args(["--out", str(tmp_path)])
+
+
 def step_named(name: str) -> gpu_steps.Step:
     return next(s for s in gpu_steps.steps() if s.name == name)
 
 
+@pytest.mark.slow
 def test_one_measurement_in_a_process_of_its_own(tmp_path):
     step = gpu_steps.run_step(step_named("mnist float32"), options(tmp_path, "--rounds", "1"), 300)
     assert step.get("error") is None and step["dry_run"] is True and step["device"] == "cpu" and step["tf32"] is False
@@ -176,6 +180,9 @@ def test_the_compiled_one_is_measured_beside_those_it_is_held_against(monkeypatc
     asked.clear()
     gpu_steps._measure_network(step_named("mnist bfloat16 local, torch.compile"), "cpu", True, None, print)
     assert asked[2:] == ["plain PyTorch, local, torch.compile", "ours, local, deferred"]
+    asked.clear()
+    gpu_steps._measure_network(step_named("mlp float32 full, torch.compile"), "cpu", True, None, print)
+    assert asked[2:] == ["plain PyTorch, full, torch.compile", "ours, full, store", "ours, full, store, cuda"]
 
 
 def test_a_step_ends_at_its_time_limit():
@@ -215,6 +222,58 @@ def test_tests_that_fail_or_do_not_run_have_not_passed(tmp_path, monkeypatch, st
     assert not found["passed"] and found["error"]
 
 
+SANITIZER = [s.name for s in gpu_steps.steps() if s.kind == "sanitizer"]
+
+
+def test_the_cuda_kernels_are_run_under_compute_sanitizer(tmp_path, monkeypatch):
+    assert SANITIZER == ["compute-sanitizer memcheck", "compute-sanitizer racecheck"] and set(SANITIZER) <= set(DRY)
+    asked: list[tuple] = []
+
+    def run(argv, limit, variables, under):
+        asked.append((argv, variables, under))
+        return {"output": output, "returncode": 0, "seconds": 1.0}
+
+    output = "36 passed in 9.00s"
+    monkeypatch.setattr(gpu_steps, "run", run)
+    monkeypatch.setattr(gpu_steps, "sanitizer", lambda: "/opt/compute-sanitizer")
+    for tool in ("memcheck", "racecheck"):
+        found = gpu_steps.run_step(step_named(f"compute-sanitizer {tool}"), given_to_gpu(tmp_path), 5)
+        argv, variables, under = asked.pop()
+        assert under[:3] == ["/opt/compute-sanitizer", "--tool", tool] and "--error-exitcode=66" in under
+        assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} and argv[:2] == ["-m", "pytest"]
+        assert gpu_summary.outcome(found) == f"{tool} found nothing" and "error" not in found
+    output = "36 skipped in 0.10s"
+    found = gpu_steps.run_step(step_named(SANITIZER[0]), given_to_gpu(tmp_path), 5)
+    assert gpu_summary.outcome(found) == "left out: its tests did not run: 36 skipped in 0.10s"
+
+
+def test_what_a_sanitizer_finds_is_an_error(tmp_path, monkeypatch):
+    """Told by an exit status of its own, here of a tool that stands in for it."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 1 error'\nexit 66\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_steps.sanitizer() == str(tool)
+    found = gpu_steps.run_step(step_named(SANITIZER[0]), given_to_gpu(tmp_path), 60)
+    assert gpu_summary.outcome(found) == "failed: ========= ERROR SUMMARY: 1 error"
+
+
+@pytest.mark.slow
+def test_without_the_sanitizer_it_is_left_out_and_a_dry_run_tries_its_tests(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_steps, "sanitizer", lambda: None)
+    found = gpu_steps.run_step(step_named(SANITIZER[0]), given_to_gpu(tmp_path), 60)
+    sentence = "left out: compute-sanitizer is not installed; it comes with the CUDA toolkit"
+    assert gpu_summary.outcome(found) == sentence and gpu.done(
+        {"steps": {SANITIZER[0]: found}}, step_named(SANITIZER[0])
+    )
+    found = gpu_steps.run_step(step_named(SANITIZER[0]), options(tmp_path), 300)
+    assert "error" not in found and found["seconds"] > 0
+    told = capsys.readouterr().out
+    assert "compute-sanitizer --tool memcheck --error-exitcode=66 --target-processes=all" in told
+    assert "test_cuda_few_channels.py::test_a_repeated_run_gives_the_same_bits" in told
+
+
+@pytest.mark.slow
 def test_parts_of_the_tests_are_all_of_them():
     words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
     files = ["tests/test_srip.py", "tests/test_measure.py", "tests/test_baselines.py"]
@@ -254,6 +313,21 @@ def test_targets_are_held_against_what_was_measured():
     steps["bandwidth bfloat16"] = {"kind": "bandwidth", "rows": rows}
     rows[0] = {"kernel": "compare", "wrong": True, "why": "off"}
     assert gpu_summary._bandwidth_target(steps, "bfloat16")[-1] == "not yet measured on a GPU"
+
+
+def test_a_chain_is_held_against_the_faster_of_plain_pytorchs_two():
+    def taking(contestant: str, seconds: float) -> dict:
+        return {**ratios(contestant, 1.0), "step_seconds": dict.fromkeys(("median", "p20", "p80"), seconds)}
+
+    step = step_named("mlp float32 full, torch.compile")
+    plain = [taking("plain PyTorch, full", 0.6), taking("plain PyTorch, full, torch.compile", 0.4)]
+    for own, said in ((0.05, ["8.00", "", "5.00", "", "met"]), (0.1, ["4.00", "", "5.00", "", "NOT MET"])):
+        steps = {step.name: network_step(step, *plain, taking("ours, full, store, cuda", own))}
+        assert gpu_summary._chain_target(steps, "float32")[3:] == said
+    for results in (plain, [*plain[:1], taking("ours, full, store, cuda", 0.1)]):
+        steps = {step.name: network_step(step, *results)}
+        assert gpu_summary._chain_target(steps, "float32")[-1] == "not yet measured on a GPU"
+    assert "mlp, full, store, backend cuda" in gpu_summary.targets_table({})
 
 
 def test_the_documentation_has_every_target_and_says_that_none_is_measured():

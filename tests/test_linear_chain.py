@@ -51,9 +51,9 @@ class Sample:
     weights: list[Tensor]
     biases: list[Tensor | None]
 
-    def to(self, dtype: torch.dtype) -> Sample:
+    def to(self, where: torch.dtype | str) -> Sample:
         def cast(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().to(dtype).requires_grad_()
+            return None if t is None else t.detach().to(where).requires_grad_()
 
         return replace(self, x=cast(self.x), weights=[*map(cast, self.weights)], biases=[*map(cast, self.biases)])
 
@@ -95,8 +95,9 @@ def run(sample: Sample, variant="full", memory="store", backend=None, wanted=Non
 
 
 def total(out: Tensor, losses: Tensor) -> Tensor:
-    g = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    return (out * g).sum() + (losses * torch.linspace(0.2, 0.9, len(losses), dtype=losses.dtype)).sum()
+    g = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    shares = torch.linspace(0.2, 0.9, len(losses), dtype=losses.dtype, device=losses.device)
+    return (out * g).sum() + (losses * shares).sum()
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
@@ -104,6 +105,21 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         scale = float(theirs.norm()) + 1e-300
         assert float((ours - theirs).norm()) / scale < 1e-12
+
+
+def infinite_where_nothing_is_compared() -> Sample:
+    """The first layer has no loss; a sigmoid makes one infinite number of x finite again."""
+    s = make((6, 5, 4), (20,), acts=(("sigmoid", ()),))
+    s.layers[0] = replace(s.layers[0], compare=False)
+    with torch.no_grad():
+        s.x[7, 2] = float("inf")
+    return s
+
+
+def assert_finite_alike(got: list[Tensor], want: list[Tensor]) -> None:
+    """And some of it is finite at all."""
+    assert [torch.isfinite(g).tolist() for g in got] == [torch.isfinite(w).tolist() for w in want]
+    assert all(torch.isfinite(g).any() for g in want) and not all(torch.isfinite(g).all() for g in want)
 
 
 def assert_served(sample: Sample) -> None:
@@ -130,6 +146,15 @@ def test_equals_the_plain_chain(sample, variant, memory, level):
     sample = make(**sample)
     assert_served(sample)
     assert_same(run(sample, variant, memory), run(sample, variant, memory, "reference"))
+
+
+@each_level
+@each_way
+def test_a_layer_without_a_loss_spreads_no_infinity(variant, memory, level):
+    C.set_simd_level(level)
+    s = infinite_where_nothing_is_compared()
+    assert_served(s)
+    assert_finite_alike(run(s, variant, memory), run(s, variant, memory, "reference"))
 
 
 @each_level

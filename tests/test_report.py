@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from racecar.analysis.pictures import grey_levels, signed_levels
 from racecar.demo.curves import decade_steps, panel, power_text, round_steps
-from racecar.demo.images import grey_levels, signed_levels
+from racecar.demo.inside import heat
 from racecar.demo.remarks import remarks
-from racecar.demo.report import heat, render, write_report
+from racecar.demo.report import render, write_report
 from racecar.demo.results import (
     PHASES,
     Cost,
@@ -73,6 +74,7 @@ def made_up(seeds: int = 2, channels: int = 1, models: tuple[str, ...] = ("Std",
             results.runs += [made_up_run(model, m, seed, phase) for phase in PHASES]
         results.costs[model] = Cost(2.0 + m, 1.9, 2.1, 1.0 + m, 1_000_000, 1.0 + 0.1 * m, 2_500_000, 1.0 + 0.2 * m)
         results.reconstructions[model] = Reconstruction(0.9 / 10 ** (2 * m), 504.0, 0.4)
+        results.depths[model] = {"0": 0.125, "3": 0.4}
         results.reversibility[model] = {"0": LayerError(0.25, 0.7), "3": LayerError(0.1 * m, 1.0)}
     results.energy = {name: 0.2 + 0.1 * m for m, name in enumerate(models)} | {"data": 0.9}
     names = ["modes data", *(f"modes {name}" for name in models)]
@@ -138,7 +140,7 @@ def test_page_is_whole_and_refers_to_nothing_outside(seeds, channels, models, cl
     # two tasks, the input and its reconstructions; patterns of the data and of every model
     assert page.count["img"] == (3 + len(models)) * classes + (1 + len(models)) * 10
     assert page.count["svg"] == (8 if len(models) > 1 else 6)
-    assert page.count["table"] == 4
+    assert page.count["table"] == 5
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and '<html lang="en">' in text
     assert "nan" not in text
 
@@ -169,7 +171,16 @@ def test_layers_are_counted_from_the_input():
     assert "Loss of layer 1, phase I" in text and "Loss of layer 2, phase I" in text and "layer 3" not in text
     assert '>layer 1</th><th scope="col">layer 2<' in text and "(in the network: 0 and 3)" in text
     assert '<span class="heat" style="--h:0.750">0.25</span>' in text
+    assert '>from layer 1</th><th scope="col">from layer 2<' in text
+    assert '<span class="heat" style="--h:0.875">0.12</span>' in text  # 0.125, the image's error from layer 1
     assert '"--h:0.000"' in heat(1.0) == heat(1.0) and '"--h:0.000"' in heat(float("nan"))
+
+
+def test_results_of_older_versions_have_no_errors_by_depth():
+    results, pictures = made_up()
+    results.depths = {}
+    text = render(results, pictures)
+    assert Page(text).count["table"] == 4 and "by depth" not in text and "from layer" not in text
 
 
 def test_differences_beyond_chance_are_marked_and_told():

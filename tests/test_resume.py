@@ -32,6 +32,7 @@ def stop_at(name: str, error: BaseException):
     return Listener(stage=stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "error"),
     [

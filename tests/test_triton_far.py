@@ -15,6 +15,7 @@ from pointwise_cases import functions, make
 pytest.importorskip("triton", reason="Triton is not installed")
 from launches import FarApart, replace_kernels
 
+from racecar_kernels.fused import Affine
 from racecar_kernels.gpu import linear, pointwise, transposed
 
 pytestmark = [
@@ -68,8 +69,14 @@ def test_transposed(monkeypatch, name: str) -> None:
     def call() -> list[torch.Tensor]:
         given, _ = t.incoming(made)
         pair = {"reverse": (given, made.y, made.bias), **({} if case.factor else {"read": read})}
+        norm = transposed.forward(
+            made.y, made.weight, tied, case.shape, factor=case.factor, keep="u", norm=Affine(None, None, 1e-5)
+        )
+        assert norm.norm is not None
         return [
-            *t.run(made),
+            *t.run(made)[:3],
+            norm.kept,
+            *norm.norm,
             transposed.source_gradient(given, made.weight, tied, shape, factor=case.factor)[0],
             transposed.weight_gradient(made.weight, tied, factor=case.factor, **pair),
         ]

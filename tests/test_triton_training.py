@@ -27,8 +27,7 @@ each_policy = pytest.mark.parametrize(("variant", "memory"), POLICIES)
 COMPILED = "inductor" if DEVICE == "cuda" else "aot_eager"
 LAST = torch.channels_last
 WARM = 3 if DEVICE == "cuda" else 1  # steps before one is captured
-# Interpreted, a step takes seconds: one seed then tells no more than that nothing is wrong altogether.
-SEEDS, TIMES = (range(7), 2) if DEVICE == "cuda" else (range(1), 4)
+SEEDS = range(7)
 
 
 @pytest.fixture
@@ -70,6 +69,15 @@ def deferred_gradients(net: nn.Module, x: Tensor) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------- values
 
 
+ONE_NUMBER = torch.finfo(torch.float32).eps / 4  # less than rounding a single result to float32 costs on average
+
+
+def check(ours: list[float], plain: list[float]) -> None:
+    """At most twice plain PyTorch's own error, in the median of all seeds."""
+    own, theirs = statistics.median(ours), statistics.median(plain)
+    assert own <= max(2 * theirs, ONE_NUMBER), f"an error of {own:.2e}, plain PyTorch's is {theirs:.2e}"
+
+
 def chained(name: str, dtype: torch.dtype, seed: int) -> tuple[Sample, Sample]:
     """A chain in float64 on the CPU, and the same numbers in `dtype` on the device."""
     ours = make(name, dtype, seed, last=True)
@@ -90,7 +98,6 @@ def chain_gradients(s: Sample, backend: str, memory: str) -> list[Tensor]:
 @pytest.mark.parametrize("memory", ["store", "deferred"])
 @pytest.mark.parametrize("name", ["mlp", "pooled, odd", "batch norm", "strided", "up-sampled"])
 def test_a_tied_chain_against_float64(name: str, memory: str, dtype: torch.dtype) -> None:
-    """At most twice the error of the same chain in plain PyTorch, median of seven seeds on a GPU."""
     ours, plain = [], []
     for seed in SEEDS:
         exact, sample = chained(name, dtype, seed)
@@ -98,7 +105,7 @@ def test_a_tied_chain_against_float64(name: str, memory: str, dtype: torch.dtype
         for errors, backend in ((ours, "triton"), (plain, "reference")):
             got = chain_gradients(sample, backend, memory)
             errors.append(oracle.error([g.cpu() for g in got], want))
-    assert statistics.median(ours) <= TIMES * statistics.median(plain) + torch.finfo(dtype).eps / 4
+    check(ours, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -116,20 +123,23 @@ def test_a_wrapped_network_against_float64(variant: str, memory: str, dtype: tor
         want = deferred_gradients(exact, x.double())
         for net, own in errors.items():
             own.append(oracle.error(deferred_gradients(net, x), want))
-    assert statistics.median(errors[ours]) <= TIMES * statistics.median(errors[plain]) + torch.finfo(dtype).eps / 4
+    check(errors[ours], errors[plain])
 
 
 def test_autocast() -> None:
-    """bfloat16 by autocast: at most twice the error of plain PyTorch under autocast."""
-    x, errors = images(), {}
-    want = deferred_gradients(wrapped(torch.float64, "reference"), x.double())
+    """bfloat16 by autocast, against plain PyTorch under autocast."""
+    exact, errors = wrapped(torch.float64, "reference"), {}
     for backend in ("triton", "reference"):
-        net = wrapped(backend=backend)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            loss = net(x).float().square().sum() + net.reverse_loss
-        loss.backward()
-        errors[backend] = oracle.error([p.grad for p in net.parameters()], want[1:])
-    assert errors["triton"] <= TIMES * errors["reference"] + 2**-9
+        net, errors[backend] = wrapped(backend=backend), []
+        for seed in SEEDS:
+            x = images(seed=seed)
+            want = deferred_gradients(exact, x.double())
+            net.zero_grad()
+            with torch.autocast(DEVICE, torch.bfloat16):
+                loss = net(x).float().square().sum() + net.reverse_loss
+            loss.backward()
+            errors[backend].append(oracle.error([p.grad for p in net.parameters()], want[1:]))
+    check(errors["triton"], errors["reference"])
 
 
 def test_nan_and_infinity_reach_what_they_reach_in_plain_pytorch() -> None:

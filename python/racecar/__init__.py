@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from racecar_kernels import __version__
 
     from .plan import Plan, PlannedLayer
+    from .sampling import Sample
     from .wrapping import wrap
 
-__all__ = ["Plan", "PlannedLayer", "__version__", "wrap"]
+__all__ = ["Plan", "PlannedLayer", "Sample", "__version__", "wrap"]
 
 # PyTorch is imported with the first of these, so that `racecar --help` does not wait for it
-_HOME = {"Plan": ".plan", "PlannedLayer": ".plan", "__version__": "racecar_kernels", "wrap": ".wrapping"}
+_HOME = {
+    "Plan": ".plan",
+    "PlannedLayer": ".plan",
+    "Sample": ".sampling",
+    "__version__": "racecar_kernels",
+    "wrap": ".wrapping",
+}
 
 
 def __getattr__(name: str) -> Any:

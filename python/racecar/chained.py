@@ -1,6 +1,6 @@
 """Runs the covered chain of a wrapped model as one autograd node, forward and reverse together.
 
-It gives what the model's own forward and the hooks of `engine.py` give, and keeps less. It needs to know every module
+It gives what the model's own forward and the hooks of `hooks.py` give, and keeps less. It needs to know every module
 in the chain and that nobody watches them; where that does not hold, the hooks do the work.
 """
 
@@ -21,7 +21,7 @@ from racecar_kernels import describe
 from .plan import leaves
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .hooks import ChainEngine
     from .run import Run
 
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
@@ -56,8 +56,8 @@ class Chained:
         obstacle: why this model's chain never runs as one node; None if it can.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module) -> None:
-        from .engine import Boundary
+    def __init__(self, engine: ChainEngine, model: nn.Module) -> None:
+        from .hooks import Boundary
 
         order, first, last = engine.plan.order, engine.plan.layers[0], engine.plan.layers[-1]
         run = [module for _, module in leaves(model)]
@@ -74,10 +74,10 @@ class Chained:
         self.unruly = [module for module in self.inside if isinstance(module, unruly)]
         self.latents = [*(layer.latent for layer in engine.plan.layers[1:]), self.last]
         self._norms = [module for own in self.latents for module in own if describe.is_a(module, describe.NORMS)]
-        self._prepared: dict[tuple[bool, ...], Prepared] = {}
+        self._prepared: dict[tuple[Any, ...], Prepared] = {}
         self.obstacle = self._why_never(engine)
 
-    def _why_never(self, engine: Engine) -> str | None:
+    def _why_never(self, engine: ChainEngine) -> str | None:
         for layer in engine.plan.layers:
             steps = describe.steps_of(layer.pre, describe.tied_of(layer.op).dims)
             if any(isinstance(step, rk.Pool) and step.mode == "other" for step in steps):
@@ -86,7 +86,9 @@ class Chained:
                 return f"the weight of {layer.name!r} is parametrised"
         return None
 
-    def why_not(self, engine: Engine, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def why_not(
+        self, engine: ChainEngine, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
         """Why this forward cannot run as one node; None if it can."""
         if len(args) != 1 or kwargs or type(args[0]) not in (Tensor, nn.Parameter) or args[0].is_inference():
             return "the input is not one plain tensor"
@@ -98,10 +100,12 @@ class Chained:
             return "autocast is on"
         return self.why_not_model(engine, model)
 
-    def why_not_model(self, engine: Engine, model: nn.Module) -> str | None:
+    def why_not_model(self, engine: ChainEngine, model: nn.Module) -> str | None:
         """Why the model as it is now cannot run as one node, whatever its input; None if it can."""
         if self.obstacle is not None:
             return self.obstacle
+        if engine.settings.sample is not None and engine.settings.sample.batch > 1:
+            return "the reverse runs on a part of the batch"
         if not self._same_children(model) and any(
             a is not b for a, (_, b) in zip_longest(self.modules, leaves(model), fillvalue=("", None))
         ):
@@ -135,7 +139,7 @@ class Chained:
         return False
 
     @staticmethod
-    def _random_or_odd(module: nn.Module, engine: Engine) -> bool:
+    def _random_or_odd(module: nn.Module, engine: ChainEngine) -> bool:
         m: Any = module
         if describe.is_a(module, describe.DROPOUTS):
             return bool(m.p)
@@ -145,13 +149,13 @@ class Chained:
 
     # ------------------------------------------------------------------ one forward
 
-    def forward(self, engine: Engine, run: Run, x: Tensor) -> Tensor:
+    def forward(self, engine: ChainEngine, run: Run, x: Tensor) -> Tensor:
         """The model's output; `run` then holds what the hooks would have left there."""
         for module in self.front:
             x = module(x)
         if not self.flat or x.numel() == 0:
             engine.check_input(x)
-        settings, prepared, report = engine.settings, self._prepare(engine), rk.ChainReport()
+        settings, prepared, report = engine.settings, self._prepare(engine, run), rk.ChainReport()
         weights = [_parameter(op, "weight") for op in self.ops]
         biases = [_parameter(op, "bias") for op in self.ops]
         y, sums = rk.run_chain(
@@ -168,14 +172,14 @@ class Chained:
             y = module(y)
         return y
 
-    def _prepare(self, engine: Engine) -> Prepared:
-        """The chain's description; it depends on which norms are in training mode."""
-        mode = tuple([module.training for module in self._norms])
+    def _prepare(self, engine: ChainEngine, run: Run) -> Prepared:
+        """The chain's description; it depends on which norms are in training mode, and which layers are drawn."""
+        mode = (*[module.training for module in self._norms], None if run.drawn is None else run.drawn.group)
         if mode not in self._prepared:
             norm, settings = engine.settings.norm, engine.settings
             latents = [[(module, describe.latent_of(module, norm)) for module in own] for own in self.latents]
             last = tuple(step for _, step in latents[-1] if step is not None)
-            chain = rk.Chain(tuple(engine.layers()), last, settings.variant == "full", settings.backend)
+            chain = rk.Chain(tuple(engine.layers(run)), last, settings.variant == "full", settings.backend)
             self._prepared[mode] = Prepared(chain, str(chain), latents, chain.tensors == 0)
         return self._prepared[mode]
 

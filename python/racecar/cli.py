@@ -276,3 +276,27 @@ def bench(
         kept = f"{json} holds what was finished; --resume goes on with it" if json else "nothing is kept without --json"
         Console(stderr=True).print(f"[bold red]stopped[/] before the end; {escape(kept)}", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what is installed, which backends and compiled kernels are in use or why not, and whether they are right.
+
+    Every backend that serves here runs a small layer forward and backward, held against float64. Ends with status 1
+    where one gives a wrong result.
+    """
+    try:
+        from . import doctor as doctor_
+    except ModuleNotFoundError as error:
+        fail(f"this needs {error.name}, which is not installed: pip install 'racecar-kernels[demo]'", code=1)
+    from json import dumps
+
+    found = doctor_.examine()
+    if json:
+        print(dumps(found, indent=2, allow_nan=False))
+    else:
+        doctor_.show(found, Console())
+    if found["wrong"]:
+        fail(f"wrong results: {', '.join(found['wrong'])}", code=1)

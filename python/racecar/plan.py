@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from racecar_kernels import describe
@@ -41,6 +41,11 @@ class PlannedLayer:
     latent: tuple[nn.Module, ...]
     y: int
 
+    def parameter(self) -> Tensor:
+        """A parameter that the operation's weight is, or is computed from."""
+        found: Tensor = next(self.op.parameters())
+        return found
+
 
 @dataclass
 class Plan:
@@ -56,6 +61,9 @@ class Plan:
         kernels: of every layer its backend, and in which way that computes it where there are several.
         compared: number of layers, from the input, whose loss counts.
         layer_by_layer: why the chain does not run as one autograd node, which would keep less; None if it does.
+        chain: of a graph, how many of the layers are a chain from the input; None: all.
+        whole: of a graph, paths of the modules that its forward calls as a whole.
+        branches: of a graph, whether its paths part anywhere, be it behind that chain.
     """
 
     layers: list[PlannedLayer]
@@ -67,6 +75,9 @@ class Plan:
     kernels: list[str] = field(default_factory=list)
     compared: int = 0
     layer_by_layer: str | None = None
+    chain: int | None = None
+    branches: bool = False
+    whole: frozenset[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
@@ -91,13 +102,8 @@ def plan_chain(model: nn.Module) -> Plan:
     Raises:
         ValueError: the model is no chain, has nothing to tie, draws random activations, or is not yet initialised.
     """
-    if not _is_chain(model):
-        inside = [name for name, module in model.named_modules() if _is_chain(module)]
-        how = f"racecar.wrap(model.{inside[0]})" if inside else "racecar.wrap(nn.Sequential(model)), if it is one layer"
-        raise ValueError(
-            f"{type(model).__name__} is not a (nested) nn.Sequential, the only kind of model that is planned so far; "
-            f"wrap the nn.Sequential that is to be trained backwards, for example {how}"
-        )
+    if not is_chain(model):
+        raise ValueError(f"{type(model).__name__} is not a (nested) nn.Sequential, and has no chain of modules to plan")
     walk = _Walk()
     for name, module in leaves(model):
         walk.step(name, module)
@@ -114,7 +120,8 @@ def plan_chain(model: nn.Module) -> Plan:
     return plan
 
 
-def _is_chain(module: nn.Module) -> bool:
+def is_chain(module: nn.Module) -> bool:
+    """Whether a module runs its children one after the other, and does nothing else."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
@@ -123,7 +130,7 @@ def leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
     for name, child in module._modules.items():  # named_children would leave out a module's second use
         if child is None:
             continue
-        if _is_chain(child):
+        if is_chain(child):
             yield from leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from .sampling import Drawn
 
 
 class Report(Protocol):
@@ -19,30 +21,48 @@ class Report(Protocol):
     def loss(self) -> Tensor | None: ...
 
 
+@dataclass(frozen=True)
+class Known:
+    """The report of a layer whose loss is not deferred, or that did not run."""
+
+    loss: Tensor | None
+    ran: bool = False
+
+
 @dataclass
 class Run:
-    """One forward under way: what the hooks have seen so far; `shapes`: of d_1 .. d_{n+1}, where they
-    matter and no hook saw them."""
+    """One forward under way: what has been seen so far.
+
+    `shapes`: of d_1 .. d_{n+1}, where they matter and nobody saw them; `sizes`: numbers of elements, where `targets`
+    holds parts; `found`: by layer, what its local reverse gave. `drawn`: which layers and what part of the batch are
+    reversed, `blocks`: of how many parts, by layer.
+    """
 
     reconstruct: bool = False
-    targets: list[Tensor] = field(default_factory=list)
+    targets: list[Any] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     y: Tensor | None = None
     sums: list[Tensor] = field(default_factory=list)
     reports: Sequence[Report] = field(default_factory=list)
     calls: dict[int, int] = field(default_factory=dict)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    found: dict[int, tuple[Tensor, Report | None]] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    drawn: Drawn | None = None
+    blocks: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """What the user reads of the last forward; `sums` and `weights` have one entry per compared layer, m = 1 first."""
+    """What the user reads of the last forward; `sums` and `weights` have one entry per compared layer, m = 1 first;
+    `chosen`: which of them were reversed, where not all were."""
 
     total: Tensor
     sums: Tensor | None = None
     factors: list[float] = field(default_factory=list)
     weights: Tensor | None = None
     reports: Sequence[Report] = field(default_factory=list)
+    chosen: list[bool] | None = None
 
     def weights_of_layers(self) -> list[Tensor]:
         """λ_m times the factor of the reduction, one scalar per compared layer."""
@@ -51,6 +71,8 @@ class Result:
     def known_sums(self) -> list[Tensor | None]:
         """Σ(·)² of every compared layer; None until, and where, a deferred backward has run."""
         if not self.reports:
-            return [] if self.sums is None else list(self.sums.unbind())
+            sums: list[Tensor | None] = [] if self.sums is None else list(self.sums.unbind())
+            return sums if self.chosen is None else [s if c else None for s, c in zip(sums, self.chosen, strict=True)]
         ran = any(report.ran for report in self.reports) or not self.total.requires_grad
-        return [report.loss if ran else None for report in self.reports]
+        chosen = self.chosen or [True] * len(self.reports)
+        return [report.loss if ran and c else None for report, c in zip(self.reports, chosen, strict=True)]

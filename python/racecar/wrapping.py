@@ -11,9 +11,14 @@ import racecar_kernels as rk
 from racecar_kernels import describe
 from racecar_kernels.functional import REDUCTIONS, check_choice
 
+from . import checkpointing, graph
 from .engine import Engine, Settings
+from .hooks import ChainEngine
+from .part import PartEngine, chain_inside
 from .plan import Plan, plan_chain
-from .run import Run
+from .planning import choose_variant, plan_of
+from .sampling import Sample
+from .undisturbed import undisturbed
 from .weights import Lam, parse_lam
 
 VARIANTS = ("full", "local", "auto")
@@ -67,30 +72,22 @@ class Reversible(nn.Module):
     def plan(self) -> Plan:
         """Which layers run backwards, and why the others do not; print it for a table."""
         engine = _engine(self)
-        engine.plan.layer_by_layer = engine.chained.why_not_model(engine, self)
+        engine.plan.layer_by_layer = engine.why_layer_by_layer(self)
         return engine.plan
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """d'_1: what comes back when x runs through the network and all the way back, in the shape of x.
 
-        Always the full reverse, whatever the variant. Without gradient; changes no buffer and no random state.
+        Always the full reverse, whatever the variant. Without gradient; changes no buffer and no random state. Raises
+        ValueError where the path from output to input is not unique.
         """
         engine = _engine(self)
         if not isinstance(x, Tensor):
             raise TypeError(f"reconstruct takes the model's input, a tensor, got {type(x).__name__}")
-        devices = [x.device] if x.device.type == "cuda" else []
-        buffers = [(module, dict(module._buffers)) for module in self.modules()]
-        with torch.random.fork_rng(devices=devices):
-            try:
-                for module, own in buffers:
-                    module._buffers.update({k: None if b is None else b.clone() for k, b in own.items()})
-                with engine.recording(reconstruct=True) as run:
-                    super().forward(x, *args, **kwargs)
-                back = engine.reconstruct(run)
-            finally:
-                for module, own in buffers:
-                    module._buffers.update(own)
+        with undisturbed(self), engine.recording(reconstruct=True) as run:
+            super().forward(x, *args, **kwargs)
+            back = engine.reconstruct(run)
         return back.reshape(x.shape) if back.shape != x.shape and back.numel() == x.numel() else back
 
     def unwrap(self) -> nn.Module:
@@ -103,7 +100,7 @@ class Reversible(nn.Module):
             raise RuntimeError(
                 f"the model's class was changed to {type(self).__name__} after wrapping; undo that before unwrap()"
             )
-        Engine.detach(self)
+        engine.detach(self)
         del self.__dict__[_KEY]
         model: nn.Module = self
         model.__class__ = engine.base
@@ -119,19 +116,19 @@ class Reversible(nn.Module):
         engine: Engine | None = self.__dict__.get(_KEY)
         if engine is None:  # a slice of a wrapped nn.Sequential is made of its class, but not wrapped
             return super().forward(*args, **kwargs)
+        if engine.run is not None:  # the model around this part records what runs through it
+            return super().forward(*args, **kwargs)
+        if checkpointing.runs_again():
+            with checkpointing.first_result_kept(engine):
+                return self._forward(engine, args, kwargs)
+        return self._forward(engine, args, kwargs)
+
+    def _forward(self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine.result = None  # lets go of the last forward's graph before a new one is built
         if not engine.active(self):
             engine.idle(self)
             return super().forward(*args, **kwargs)
-        _check_input(args, kwargs)
-        if not torch.compiler.is_compiling() and engine.chained.why_not(engine, self, args, kwargs) is None:
-            run = Run()
-            out = engine.chained.forward(engine, run, args[0])
-        else:
-            with engine.recording() as run:
-                out = super().forward(*args, **kwargs)
-        engine.finish(run)
-        return out
+        return engine.forward(self, super().forward, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         engine = self.__dict__.get(_KEY)
@@ -150,6 +147,8 @@ def engine_of(model: nn.Module) -> Engine | None:
 def wrapped_parts(model: nn.Module) -> dict[str, Reversible]:
     """The wrapped modules of a model, itself included: prefix of their layers' names ("", "features.") -> module."""
     found = {name: module for name, module in model.named_modules() if _KEY in module.__dict__}
+    inside = [engine.part for engine in map(engine_of, found.values()) if isinstance(engine, PartEngine)]
+    found = {name: module for name, module in found.items() if not any(module is part for part in inside)}
     return {f"{name}." if name else "": module for name, module in found.items() if isinstance(module, Reversible)}
 
 
@@ -164,6 +163,8 @@ def wrap(
     memory: str = "store",
     input_activation: nn.Module | None = None,
     backend: str | None = None,
+    example: Any = None,
+    sample: Sample | None = None,
 ) -> Any:
     """Lets `model` train together with its own reverse pass (Xie & Thuerey et al. 2020, 2021).
 
@@ -174,8 +175,9 @@ def wrap(
     back, d'_m, and Σ λ_m · loss_m joins the task's loss. No gradient is stopped anywhere.
 
     Args:
-        model: a (nested) `nn.Sequential`. It stays the same object, with its parameter names, `state_dict` keys,
-            attributes and base class; `unwrap` undoes everything.
+        model: any module. It stays the same object, with its parameter names, `state_dict` keys, attributes and base
+            class; `unwrap` undoes everything. A (nested) `nn.Sequential` runs forward and reverse as one chain where it
+            can; the forward of any other model is looked at call by call.
         lam: λ as one number, one per compared layer, or a mapping from layer names; settable later as `net.lam`.
         variant: `full` runs one reverse pass from output to input, `local` reverses every layer from what it gave;
             `auto` is full where the path from output to input is unique, else local.
@@ -185,7 +187,10 @@ def wrap(
         memory: `store` keeps one tensor per layer for the backward, `recompute` (almost) none, `deferred` (local
             only) none, and computes the reverse in the backward pass.
         input_activation: applied to the reconstructed input; none by default.
-        backend: name of one of `racecar_kernels.backends()`; None chooses.
+        backend: name of one of `racecar_kernels.backends(on_request=True)`; None chooses.
+        example: an input of the model, or a tuple of its arguments, or a dictionary of them by name. Its forward is
+            then run once to find the layers; without it, torch.fx finds them without running the model, where it can.
+        sample: a cheaper reverse pass, of a part of the layers or of the batch in every forward; None: of everything.
 
     Returns:
         `model` itself, now with `lam`, `reverse_loss`, `reverse_losses`, `reconstruct`, `plan` and `unwrap`.
@@ -202,19 +207,39 @@ def wrap(
     check_choice("norm", norm, NORMS)
     check_choice("memory", memory, MEMORY)
     _check_activation(input_activation)
-    plan = plan_chain(model)
-    variant = _choose_variant(variant, memory, plan)
+    plan = plan_of(model, example)
+    variant = choose_variant(variant, memory, plan)
+    if plan.chain is not None and variant == "full":
+        graph.as_chain(plan)
     compared = _count(layers, len(plan.layers))
-    settings = Settings(variant, compared, reduction, norm, memory, input_activation, backend)
+    _check_sample(sample, variant)
+    settings = Settings(variant, compared, reduction, norm, memory, input_activation, backend, sample)
     values = parse_lam(lam, plan.names[:compared])
-    engine = Engine(model, plan, settings)
+    engine = _engine_for(model, plan, settings)
     engine.set_lam(values)
     plan.variant, plan.compared = variant, compared
     plan.kernel, plan.kernels = _kernels(engine, backend)
+    _put_on(model, engine)
+    return model
+
+
+def _engine_for(model: nn.Module, plan: Plan, settings: Settings) -> Engine:
+    if plan.chain is None:
+        return ChainEngine(model, plan, settings)
+    inside = chain_inside(model, plan) if settings.variant == "full" else None
+    if inside is None:
+        return graph.GraphEngine(model, plan, settings)
+    _, part = inside
+    inner = ChainEngine(part, plan_chain(part), settings)
+    inner.plan.variant, inner.plan.compared = settings.variant, settings.layers
+    _put_on(part, inner)
+    return PartEngine(model, plan, settings, part, inner)
+
+
+def _put_on(model: nn.Module, engine: Engine) -> None:
     engine.attach()
     model.__dict__[_KEY] = engine
     model.__class__ = _wrapped_class(type(model))
-    return model
 
 
 def _check_model(model: object) -> None:
@@ -235,14 +260,6 @@ def _check_model(model: object) -> None:
         )
 
 
-def _check_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raises TypeError for what is no tensor; how many arguments there are, the model's own forward says."""
-    if len(args) == 1 and not kwargs and not isinstance(args[0], Tensor):
-        raise TypeError(
-            f"the model's input must be a tensor, got {type(args[0]).__name__}; torch.as_tensor makes one of numbers"
-        )
-
-
 def _check_activation(module: object) -> None:
     if module is None:
         return
@@ -255,17 +272,14 @@ def _check_activation(module: object) -> None:
         )
 
 
-def _choose_variant(variant: str, memory: str, plan: Plan) -> str:
-    if variant == "full" and plan.obstacle is not None:
+def _check_sample(sample: object, variant: str) -> None:
+    if sample is not None and not isinstance(sample, Sample):
+        raise TypeError(f"sample must be a racecar.Sample, got {type(sample).__name__}")
+    if sample is not None and sample.layers > 1 and variant == "full":
         raise ValueError(
-            f"variant='full' needs a unique path from output to input, but {plan.obstacle}; "
-            "use variant='local' (or 'auto'), or wrap a chain inside the model"
+            f"Sample(layers={sample.layers}) needs variant='local': a full reverse passes through all layers; "
+            "Sample(batch=...) and fewer layers= work with it"
         )
-    if variant == "auto":
-        variant = "full" if plan.obstacle is None else "local"
-    if variant == "full" and memory == "deferred":
-        raise ValueError("memory='deferred' needs variant='local': a full reverse can use 'store' or 'recompute'")
-    return variant
 
 
 def _count(layers: object, n: int) -> int:
@@ -280,7 +294,7 @@ def _count(layers: object, n: int) -> int:
 
 def _kernels(engine: Engine, backend: str | None) -> tuple[str, list[str]]:
     """Names of the backends that serve the layers as they are now; and by layer, with the way that it is computed."""
-    parameters = [next(layer.op.parameters()) for layer in engine.plan.layers]
+    parameters = [layer.parameter() for layer in engine.plan.layers]
     for layer, p in zip(engine.plan.layers, parameters, strict=True):
         if not p.is_floating_point():
             raise TypeError(f"layer {layer.name!r} has {p.dtype} weights; the reverse needs real floating-point ones")

@@ -73,21 +73,29 @@ TABLE: tuple[Backend, ...] = (
 )
 
 
-def _of_triton(how: str, summary: str, layer: PointwiseLayer) -> Backend:
+def _of_triton(
+    name: str, summary: str, layer: PointwiseLayer, why_not: Callable[[Query], str | None] = triton.why_not
+) -> Backend:
     functions = (layer.kernels, layer.forward, layer.resume, layer.backward)
-    return Backend(f"triton:{how}", summary, triton.why_not, *functions, partial(triton.way, how))
+    return Backend(name, summary, why_not, *functions, partial(triton.way, name.removeprefix("triton:")))
 
 
 # Never chosen, but to be asked for by name, in one call or in `wrap`.
 ON_REQUEST: tuple[Backend, ...] = (
-    _of_triton("fused", "every convolution that a fused kernel serves in that kernel", triton.FUSED),
-    _of_triton("library", "every convolution by cuDNN, with a pointwise kernel behind it", triton.LIBRARY),
+    _of_triton("triton:fused", "every convolution that a fused kernel serves in that kernel", triton.FUSED),
+    _of_triton("triton:library", "every convolution by cuDNN, with a pointwise kernel behind it", triton.LIBRARY),
+    _of_triton(
+        "cuda",
+        "few channels and narrow linear chains in CUDA kernels, the rest as triton, not yet measured on a GPU",
+        triton.CUDA,
+        triton.why_not_cuda,
+    ),
 )
 
 
-def backends() -> tuple[str, ...]:
-    """Names of the backends, in order of preference."""
-    return tuple(b.name for b in TABLE)
+def backends(*, on_request: bool = False) -> tuple[str, ...]:
+    """Names of the backends, in order of preference; with `on_request` also of those that are never chosen."""
+    return tuple(b.name for b in (*TABLE, *(ON_REQUEST if on_request else ())))
 
 
 def by_name(name: str) -> Backend:
@@ -95,7 +103,8 @@ def by_name(name: str) -> Backend:
     for backend in (*TABLE, *ON_REQUEST):
         if backend.name == name:
             return backend
-    raise ValueError(f"there is no backend {name!r}; backend must be None or one of {', '.join(backends())}")
+    names = ", ".join(backends(on_request=True))
+    raise ValueError(f"there is no backend {name!r}; backend must be None or one of {names}")
 
 
 def why_not(name: str, query: Query) -> str | None:
@@ -106,7 +115,7 @@ def why_not(name: str, query: Query) -> str | None:
 def choose(query: Query, forced: str | None = None) -> Backend:
     """The first backend that serves `query`, or the forced one. Raises ValueError if that one cannot."""
     if not torch.compiler.is_compiling():
-        extension.warn_once()  # this is where it is used, or not
+        extension.warn_once(extension.CPP)  # this is where it is used, or not
     if forced is None:
         return next(b for b in TABLE if b.why_not(query) is None)
     backend = by_name(forced)

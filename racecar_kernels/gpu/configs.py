@@ -101,6 +101,9 @@ def pointwise(
     return {"BLOCK_Q": block_q, "BLOCK_C": block_c}, (down, across), {"num_warps": warps}
 
 
+MOST_PARTS = 64  # of a batch's statistics, which one program combines: with more, several do it first
+
+
 def finishing(channels: int) -> dict[str, int]:
     """Blocks of the kernels that add up what programs have summed."""
     return {"BLOCK_P": 32, "BLOCK_C": min(_power_of_two(channels), 32)}
@@ -353,12 +356,6 @@ def linear_tied(
     tile = _tile("tied", math, rows, outputs, inputs, on, aligned)
     blocks = {"BLOCK_R": tile.rows, "BLOCK_I": tile.depth, "BLOCK_O": tile.columns}
     return blocks, (-(-rows // tile.rows),), options(tile)
-
-
-def linear_finishing(count: int) -> dict[str, int]:
-    """Blocks of the kernel that adds up `count` partial sums."""
-    across = min(_power_of_two(count), 16)
-    return {"BLOCK_P": across, "BLOCK_C": 1024 // across}
 
 
 def _tile(kernel: str, math: str, rows: int, columns: int, depth: int, on: Device, aligned: bool) -> Tile:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # sm_80: bfloat16 in the matrix units
 
 
@@ -39,6 +41,25 @@ def why_not(kind: str) -> str | None:
         major, minor = torch.cuda.get_device_capability()
         return f"the Triton kernels need a GPU from sm_{OLDEST[0]}{OLDEST[1]} on, this one is sm_{major}{minor}"
     return None
+
+
+def why_not_tensors(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
+    """None where the kernels serve these tensors, of one type, and `others` beside them; else a sentence."""
+    first = tensors[0]
+    reason = why_not(first.device.type)
+    if reason is not None:
+        return reason
+    every = (*tensors, *others)
+    if any(t.device != first.device for t in every):
+        return f"the tensors are on several devices: {listed(t.device for t in every)}"
+    if first.dtype not in DTYPES or any(t.dtype != first.dtype for t in tensors):
+        return f"one type of {listed(DTYPES)} is needed, got {listed(t.dtype for t in tensors)}"
+    return None
+
+
+def listed(values: Iterable[object]) -> str:
+    """Each value once, with commas between them."""
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def of(t: Tensor) -> Device:

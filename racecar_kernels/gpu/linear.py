@@ -23,12 +23,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..backends.triton import DTYPES
 from ..pointwise import numbered
 from . import configs, device
 from . import linear_kernels as kernels
 from .pointwise import _activation as activation
 from .shipped import Shipped
+from .sums import sum_partials
 from .tuning import launcher
 
 Act = tuple[str, tuple[Any, ...]]
@@ -39,7 +39,7 @@ MOST_OUTPUTS = 128  # for which one kernel computes forward and reverse: the sou
 MOST_FEATURES = 2**31 - 2**16  # they and the rows are numbered with 32 bits
 
 
-class Tied(NamedTuple):
+class ForthAndBack(NamedTuple):
     """y (rows × out), a (rows × in), Σ (a - p)² (float32, no dimensions)."""
 
     y: Tensor
@@ -48,9 +48,12 @@ class Tied(NamedTuple):
 
 
 class Reversed(NamedTuple):
-    """A reverse that was run, and what its result receives: the gradient g_in (rows × in), and c2 (one number)."""
+    """A reverse that was run, and what its result receives: the gradient g_in (rows × in), and c2 (one number).
 
-    y: Tensor
+    y may be missing where the gradient of an y that is no layer's own output is all that is wanted.
+    """
+
+    y: Tensor | None
     a: Tensor
     p: Tensor | None
     weight: Tensor
@@ -63,16 +66,11 @@ class Reversed(NamedTuple):
 def why_not(*matrices: Tensor | None, bias: Tensor | None = None, acts: Sequence[Act] = ()) -> str | None:
     """None where the Triton kernels serve these tensors and activations together, else a sentence that says why not."""
     tensors = [t for t in matrices if t is not None]
-    first, every = tensors[0], tensors + ([] if bias is None else [bias])
-    reason = device.why_not(first.device.type)
+    reason = device.why_not_tensors(tensors, [] if bias is None else [bias])
     if reason is not None:
         return reason
-    if any(t.device != first.device for t in every):
-        return f"the tensors are on several devices: {_listed(t.device for t in every)}"
-    if first.dtype not in DTYPES or any(t.dtype != first.dtype for t in tensors):
-        return f"one type of {_listed(DTYPES)} is needed, got {_listed(t.dtype for t in tensors)}"
-    if bias is not None and bias.dtype not in DTYPES:
-        return f"a bias of {_listed(DTYPES)} is needed, got {bias.dtype}"
+    if bias is not None and bias.dtype not in device.DTYPES:
+        return f"a bias of {device.listed(device.DTYPES)} is needed, got {bias.dtype}"
     for t in tensors:
         if t.dim() != 2:
             return f"matrices of (rows, features) are needed, got {t.dim()} dimensions"
@@ -145,14 +143,14 @@ def tied(
     *,
     tf32: bool = False,
     fused: bool | None = None,
-) -> Tied:
+) -> ForthAndBack:
     """Forward and reverse from its own output. fused: in one kernel; None: where the output features fit."""
     if fused and not fits(weight):
         raise ValueError(f"one kernel computes up to {MOST_OUTPUTS} output features, got {weight.shape[0]}")
     if fused is False or not fits(weight):
         y = linear(p, weight, bias, act, tf32=tf32)
         a, loss = reverse(y, weight, bias, reverse_act, p, tf32=tf32)
-        return Tied(y, a, y.new_zeros((), dtype=torch.float32) if loss is None else loss)
+        return ForthAndBack(y, a, y.new_zeros((), dtype=torch.float32) if loss is None else loss)
     _serve(p, weight, bias=bias, acts=[act, reverse_act])
     rows, inputs, outputs = _sizes(weight, bias, p=p)
     y, a = p.new_empty(rows, outputs), p.new_empty(rows, inputs)
@@ -165,7 +163,7 @@ def tied(
         *_strides(p, weight, y, a), *f_values, *r_values, F_ACT=f_act, R_ACT=r_act, PRECISION=_precision(math),
         **blocks, **options,
     )  # fmt: skip
-    return Tied(y, a, partials.sum())
+    return ForthAndBack(y, a, partials.sum())
 
 
 # ------------------------------------------------------------------------------------------- backward
@@ -173,28 +171,39 @@ def tied(
 
 @launcher
 def grad_source(
-    r: Reversed, *, own: Act | None = None, g_out: Tensor | None = None, needs_y: bool = True, tf32: bool = False
+    r: Reversed,
+    *,
+    own: Act | None = None,
+    g_out: Tensor | None = None,
+    needs_y: bool = True,
+    needs_bias: bool | None = None,
+    tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of y, gs = g_u Wᵀ (rows × out), and of the bias, -Σ_rows gs (out, float32; None without a bias).
+    """The gradients of y, gs = g_u Wᵀ (rows × out), and of the bias, -Σ_rows gs (out, float32).
+
+    needs_bias: None: where there is a bias.
 
     own: y is the layer's own output, of this activation, and receives g_out besides. Then the gradients are those of
     c = p Wᵀ + b, g_c = act_f'(y) · (g_out + gs), and of the bias from both its uses, Σ_rows (g_c - gs).
     """
     if own is None and g_out is not None:
         raise ValueError("g_out is what a layer's own output receives, and needs its activation; got own = None")
+    if own is not None and r.y is None:
+        raise ValueError("an own output's activation is differentiated from that output; got y = None")
     rows, inputs, outputs = _check(r, g_out, acts=[r.act, own or IDENTITY])
-    out = r.y.new_empty(rows, outputs) if needs_y else None
-    grid, known = _product("source", (r.y, r.a, r.p, r.weight, r.g_in, g_out), rows, outputs, inputs, tf32)
+    out = r.a.new_empty(rows, outputs) if needs_y else None
+    grid, known = _product("source", (r.a, r.y, r.p, r.weight, r.g_in, g_out), rows, outputs, inputs, tf32)
     blocks = triton.cdiv(rows, known["BLOCK_R"])
-    partials = None if r.bias is None else r.y.new_empty(blocks, outputs, dtype=torch.float32)
-    (r_act, r_values), (f_act, f_values) = activation(*r.act, r.y.dtype), activation(*(own or IDENTITY), r.y.dtype)
+    needs_bias = r.bias is not None if needs_bias is None else needs_bias
+    partials = r.a.new_empty(blocks, outputs, dtype=torch.float32) if needs_bias else None
+    (r_act, r_values), (f_act, f_values) = activation(*r.act, r.a.dtype), activation(*(own or IDENTITY), r.a.dtype)
     y = None if own is None else r.y
     kernels.grad_source_kernel[grid](
         r.a, r.p, r.g_in, r.c2, r.weight, y, g_out, out, partials, rows, inputs,
         outputs, *_strides(r.a, r.p, r.g_in, r.weight, y, g_out, out), *r_values, *f_values, R_ACT=r_act, F_ACT=f_act,
         **known,
     )  # fmt: skip
-    return out, None if partials is None else _finish(partials, partials.new_empty(outputs))
+    return out, None if partials is None else sum_partials(partials, partials.new_empty(outputs))
 
 
 @launcher
@@ -209,10 +218,12 @@ def grad_weight(
     rows, inputs, outputs = _check(r, g_c, acts=[r.act])
     if g_c is not None and r.p is None:
         raise ValueError("g_c needs p, what the forward received; got p = None")
-    number, values = activation(*r.act, r.y.dtype)
-    math = _math(r.y, tf32)
+    if reverse and r.y is None:
+        raise ValueError("the weight's use in reverse needs its source; got y = None")
+    number, values = activation(*r.act, r.a.dtype)
+    math = _math(r.a, tf32)
     aligned = _aligned(r.y, r.a, r.p, r.weight, r.g_in, g_c)
-    blocks, grid, each, options = configs.linear_weight(math, rows, inputs, outputs, device.of(r.y), aligned, splits)
+    blocks, grid, each, options = configs.linear_weight(math, rows, inputs, outputs, device.of(r.a), aligned, splits)
     dw = r.weight.new_empty(outputs, inputs)
     partials = dw if grid[1] == 1 else dw.new_empty(grid[1], outputs * inputs, dtype=torch.float32)
     kernels.grad_weight_kernel[grid](
@@ -220,7 +231,7 @@ def grad_weight(
         each, *_strides(r.y, r.a, r.p, r.g_in, g_c), *values, ACT=number, REVERSE=reverse,
         PRECISION=_precision(math), **blocks, **options,
     )  # fmt: skip
-    return dw if partials is dw else _finish(partials, dw)
+    return dw if partials is dw else sum_partials(partials, dw)
 
 
 @launcher
@@ -260,8 +271,8 @@ def _sizes(weight: Tensor, bias: Tensor | None, **matrices: Tensor | None) -> tu
 
 
 def _check(r: Reversed, g_y: Tensor | None, acts: Sequence[Act] = ()) -> tuple[int, int, int]:
-    _serve(r.y, r.a, r.p, r.weight, r.g_in, g_y, bias=r.bias, acts=acts)
-    if r.c2 is not None and (r.p is None or r.c2.numel() != 1 or r.c2.device != r.y.device):
+    _serve(r.a, r.y, r.p, r.weight, r.g_in, g_y, bias=r.bias, acts=acts)
+    if r.c2 is not None and (r.p is None or r.c2.numel() != 1 or r.c2.device != r.a.device):
         raise ValueError("c2 is one number, on the device of p, which it needs")
     return _sizes(r.weight, r.bias, y=r.y, a=r.a, p=r.p, g_in=r.g_in, g_out=g_y)
 
@@ -300,19 +311,6 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.stride(0) for t in tensors]
 
 
-def _finish(partials: Tensor, out: Tensor) -> Tensor:
-    """out = Σ partials over the first dimension."""
-    count, size = partials.shape
-    blocks = configs.linear_finishing(count)
-    grid = (triton.cdiv(size, blocks["BLOCK_C"]),)
-    kernels.finish_kernel[grid](partials, out, count, size, **blocks)
-    return out
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(dict.fromkeys(map(str, values)))
-
-
 # ------------------------------------------------------------------------------------------- what is shipped
 
 
@@ -337,11 +335,6 @@ def shipped(architecture: str) -> Iterator[Shipped]:
             for math, tiles in by_math.items():
                 for tile, kernel in itertools.product(tiles, _BY_TABLE[table]):
                     yield from _of_tile(table, math, tile, kernel, aligned)
-    for count, out in ((1, "*bf16"), (16, "*fp32")):
-        types = {"partials": "*fp32", "out": out, "count": "i32", "size": "i32"}
-        blocks = configs.linear_finishing(count)
-        options = {"num_warps": 4, "num_stages": 3}  # Triton's own
-        yield Shipped(f"{count} sums", kernels.finish_kernel, types, blocks, options, ("partials", "out", "size"))
 
 
 def _of_tile(table: str, math: str, tile: configs.Tile, kernel: Any, aligned: bool) -> Iterator[Shipped]:
@@ -352,7 +345,10 @@ def _of_tile(table: str, math: str, tile: configs.Tile, kernel: Any, aligned: bo
         names = tuple(n for n, kind in types.items() if kind[0] == "*" or n[:2] == "s_" or n in ("inputs", "outputs"))
         given = names if aligned else ()
         name = f"{table} {math} {tile[:3]}{'' if aligned else ' ragged'}"
-        yield Shipped(name, kernel, types, constants, configs.options(tile), given, math != "ieee")
+        entry = Shipped(name, kernel, types, constants, configs.options(tile), given, math != "ieee")
+        yield entry
+        if "REVERSE" in constants:  # the weight's use forward alone
+            yield entry._replace(name=f"{name} forward", constants={**constants, "REVERSE": False})
 
 
 def _constants(table: str, math: str, tile: configs.Tile) -> Iterator[tuple[str, Any]]:

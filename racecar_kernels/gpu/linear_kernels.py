@@ -266,14 +266,3 @@ def grad_weight_kernel(
             b_w = product(tl.trans(b_gc), b_p, b_w, PRECISION)
     o = split.to(tl.int64) * outputs * inputs + offsets(o_o, o_i, inputs)
     tl.store(out + o, b_w.to(out.dtype.element_ty), mask=inside(o_o, o_i, outputs, inputs))
-
-
-@triton.jit
-def finish_kernel(partials, out, count, size, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out[c] = Σ_i partials[i, c] over `count` partial sums of `size` values, in a fixed order."""
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, count, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        b_sum += tl.load(partials + offsets(o_p, o_c, size), mask=inside(o_p, o_c, count, size), other=0.0)
-    tl.store(out + o_c, tl.sum(b_sum, 0).to(out.dtype.element_ty), mask=o_c < size)

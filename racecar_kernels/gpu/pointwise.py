@@ -15,10 +15,9 @@ import triton
 from torch import Tensor
 
 from .. import pointwise_ref as ref
-from ..backends.triton import DTYPES
 from ..lazy import BatchNorm, Gradient, Lazy, Window
 from ..pointwise import Family, convolved_ref, grad_weight_ref, numbered
-from . import configs, device
+from . import configs, device, norm_kernels
 from . import pointwise_kernels as kernels
 from .tuning import launcher
 
@@ -46,13 +45,9 @@ def why_not(*operands: Lazy | Tensor | None, window: Window = None) -> str | Non
     """None where the Triton kernels serve these operands together, else a sentence that says why not."""
     tensors = [o.x if isinstance(o, Lazy) else o for o in operands if o is not None]
     first = tensors[0]
-    reason = device.why_not(first.device.type)
+    reason = device.why_not_tensors(tensors)
     if reason is not None:
         return reason
-    if any(t.device != first.device for t in tensors):
-        return f"the tensors are on several devices: {_listed(t.device for t in tensors)}"
-    if first.dtype not in DTYPES or any(t.dtype != first.dtype for t in tensors):
-        return f"one type of {_listed(DTYPES)} is needed, got {_listed(t.dtype for t in tensors)}"
     if first.dim() < 2:
         return "tensors need a channel dimension"
     if window is not None and (first.dim() != 4 or window[0] * window[1] > MOST_TAPS):
@@ -90,14 +85,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         return ref.batch_norm_ref(x, weight, bias, eps)
     grid = make_grid(x, None, not x.is_contiguous())
     partials = _sums(x, grid, squares=True)
-    found = x.new_empty(4, grid.channels, dtype=torch.float32).unbind()
-    flat = [None if t is None else t.detach().reshape(-1).contiguous() for t in (weight, bias)]
-    blocks = configs.finishing(grid.channels)
-    kernels.finish_norm_kernel[(triton.cdiv(grid.channels, blocks["BLOCK_C"]),)](
-        partials, *flat, *found, partials.shape[0], grid.windows, eps, grid.channels, ROWS=grid.blocks["BLOCK_Q"],
-        **blocks,
-    )  # fmt: skip
-    return BatchNorm(*found)
+    return finish_norm(partials, None, grid.windows, grid.blocks["BLOCK_Q"], weight, bias, eps)
 
 
 def batch_norm_backward_(g: Tensor, x: Tensor, norm: BatchNorm, total: Tensor, with_x: Tensor) -> Tensor:
@@ -329,6 +317,42 @@ def _finish(partials: Tensor, first: Tensor | None, second: Tensor | None) -> No
     kernels.finish_sums_kernel[grid](partials, first, second, programs, channels, **blocks)
 
 
+def finish_norm(
+    partials: Tensor,
+    rows: Tensor | None,
+    count: int,
+    block: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> BatchNorm:
+    """A batch norm of `count` values a channel, from parts (programs, 2, C): see `norm_kernels.py`.
+
+    rows: how many values each part is of; None where they are those of `sums_kernel`'s tiles of `block` rows.
+    """
+    blocks = configs.finishing(partials.shape[2])
+    while rows is not None and partials.shape[0] > configs.MOST_PARTS:
+        partials, rows = _combined(partials, rows, {**blocks, "BLOCK_P": configs.MOST_PARTS})
+    programs, _, channels = partials.shape
+    found = partials.new_empty(4, channels, dtype=torch.float32).unbind()
+    flat = [None if t is None else t.detach().reshape(-1).contiguous() for t in (weight, bias)]
+    norm_kernels.finish_norm_kernel[(triton.cdiv(channels, blocks["BLOCK_C"]),)](
+        partials, rows, *flat, *found, programs, count, eps, channels, ROWS=block, **blocks
+    )
+    return BatchNorm(*found)
+
+
+def _combined(partials: Tensor, rows: Tensor, blocks: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """Fewer parts, which stand for the same values."""
+    programs, _, channels = partials.shape
+    fewer = triton.cdiv(programs, blocks["BLOCK_P"])
+    out, out_rows = partials.new_empty(fewer, 2, channels), rows.new_empty(fewer)
+    norm_kernels.combine_parts_kernel[(fewer, triton.cdiv(channels, blocks["BLOCK_C"]))](
+        partials, rows, out, out_rows, programs, channels, **blocks
+    )
+    return out, out_rows
+
+
 def _compare(d: Lazy, a: Lazy, window: Window, minus: Tensor | None, source: Tensor | None) -> Tensor:
     ref.check_sizes(d, window, a=a.x)
     grid = make_grid(d.x, window, not _all_contiguous(d.x, a.x))
@@ -359,7 +383,3 @@ def _served(*operands: Lazy | Tensor | None, window: Window = None) -> bool:
     return why_not(*operands, window=window) is None and all(
         o is None or (o.x if isinstance(o, Lazy) else o).numel() > 0 for o in operands
     )
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(dict.fromkeys(map(str, values)))

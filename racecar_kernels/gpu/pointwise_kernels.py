@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, differentiate
+from .norm_kernels import rows_of_program
 
 
 @triton.jit
@@ -79,14 +80,6 @@ def read_tile(x, block, count, h, w, f_n, f_y, f_x, f_c, o_c, m_c, FLAT: tl.cons
 def sum_rows(b):
     """Σ over the rows of what a program has summed over its tiles: once, and in float64."""
     return tl.sum(b.to(tl.float64), 0)
-
-
-@triton.jit
-def rows_of_program(pid, programs, count, BLOCK_Q: tl.constexpr):
-    """How many of the `count` rows its tiles pid, pid + programs, ... have; the last of all tiles may be cut."""
-    tiles = tl.cdiv(count, BLOCK_Q)
-    cut = tl.where((tiles - 1) % programs == pid, tiles * BLOCK_Q - count, 0)
-    return tl.cdiv(tiles - pid, programs) * BLOCK_Q - cut
 
 
 @triton.jit
@@ -369,53 +362,3 @@ def sum_of_programs(partials, o_c, m_c, programs, C, BLOCK_P: tl.constexpr, BLOC
         m = (o_p < programs)[:, None] & m_c[None, :]
         total += tl.load(partials + o_p[:, None] * 2 * C + o_c[None, :], mask=m, other=0.0).to(tl.float64)
     return tl.sum(total, 0)
-
-
-@triton.jit
-def finish_norm_kernel(
-    partials, weight, bias, mean, rstd, scale, shift, programs, count, eps, C,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A batch's mean and 1/deviation from what `sums_kernel` found in tiles of ROWS, and the affine that the norm is.
-
-    Parts are combined by Chan, Golub and LeVeque (1979): Σ (x - mean)² of all is that of each, about its own mean, and
-    its number of rows times (its mean - mean)². In float64, in a fixed order.
-    """
-    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
-    for start in range(0, programs, BLOCK_P):
-        own, _, rows = read_part(partials, start, o_c, m_c, programs, count, C, ROWS, BLOCK_P)
-        total += rows * own
-    b_mean = tl.sum(total, 0) / count
-    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float64)
-    for start in range(0, programs, BLOCK_P):
-        own, about_own, rows = read_part(partials, start, o_c, m_c, programs, count, C, ROWS, BLOCK_P)
-        off = own - b_mean[None, :]
-        squares += about_own + rows * off * off
-    var = tl.sum(squares, 0) / count
-    var = tl.where(var < 0, 0.0, var)  # NaN stays
-    b_rstd = 1.0 / tl.sqrt(var + eps)
-    b_scale = b_rstd
-    if weight is not None:
-        b_scale = b_rstd * tl.load(weight + o_c, mask=m_c, other=0.0).to(tl.float64)
-    b_shift = -b_mean * b_scale
-    if bias is not None:
-        b_shift += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float64)
-    tl.store(mean + o_c, b_mean.to(tl.float32), mask=m_c)
-    tl.store(rstd + o_c, b_rstd.to(tl.float32), mask=m_c)
-    tl.store(scale + o_c, b_scale.to(tl.float32), mask=m_c)
-    tl.store(shift + o_c, b_shift.to(tl.float32), mask=m_c)
-
-
-@triton.jit
-def read_part(
-    partials, start, o_c, m_c, programs, count, C, ROWS: tl.constexpr, BLOCK_P: tl.constexpr
-):  # fmt: skip
-    """Of programs start, start + 1, ...: mean, Σ (x - mean)² and number of rows, 0 beyond the last."""
-    o_p = start + tl.arange(0, BLOCK_P)[:, None]
-    m = (o_p < programs) & m_c[None, :]
-    p_part = partials + o_p * 2 * C + o_c[None, :]
-    rows = tl.where(o_p < programs, rows_of_program(o_p, programs, count, ROWS), 0)
-    mean, squares = tl.load(p_part, mask=m, other=0.0), tl.load(p_part + C, mask=m, other=0.0)
-    return mean.to(tl.float64), squares.to(tl.float64), rows.to(tl.float64)

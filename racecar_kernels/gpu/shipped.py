@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from . import configs
+from . import configs, norm_kernels
 from . import pointwise_kernels as pointwise
+from . import sums as of_programs
 from .device import Device
 
 
@@ -119,11 +120,22 @@ def _per_channel(
 
 
 def _finishing() -> Iterator[Shipped]:
+    for programs, out in ((4, "*bf16"), (64, "*fp32")):
+        types = {"partials": "*fp32", "out": out, "programs": "i32", "count": "i32"}
+        kernel, constants = of_programs.sum_partials_kernel, {"SIGN": 1, **configs.summing(programs)}
+        yield Shipped(f"{programs} programs", kernel, types, constants, {"num_warps": 4}, ("partials", "out"))
     for channels in (3, 512):
         grid, blocks = (f"C={channels}", channels, True), configs.finishing(channels)
         sums = dict.fromkeys(["partials", "first", "second"], "fp32")
         entry = _entry(grid, pointwise.finish_sums_kernel, sums, blocks, {"num_warps": 4})
         yield entry._replace(signature={**entry.signature, "programs": "i32"})
         norm = dict.fromkeys(["weight", "bias", "mean", "rstd", "scale", "shift"], "fp32") | {"partials": "fp64"}
-        entry = _entry(grid, pointwise.finish_norm_kernel, norm, {**blocks, "ROWS": 32}, {"num_warps": 4})
-        yield entry._replace(signature={**entry.signature, "programs": "i32", "eps": "fp32"})
+        for name, more in (("", {}), (" parts with rows", {"rows": "i32"})):
+            where = (grid[0] + name, *grid[1:])
+            constants = {**blocks, "ROWS": 32}
+            entry = _entry(where, norm_kernels.finish_norm_kernel, norm | more, constants, {"num_warps": 4})
+            yield entry._replace(signature={**entry.signature, "programs": "i32", "eps": "fp32"})
+        parts = {"partials": "fp64", "out": "fp64", "rows": "i32", "out_rows": "i32"}
+        constants = {**blocks, "BLOCK_P": configs.MOST_PARTS}
+        entry = _entry(grid, norm_kernels.combine_parts_kernel, parts, constants, {"num_warps": 4})
+        yield entry._replace(signature={**entry.signature, "programs": "i32"})

@@ -15,13 +15,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..fused import Incoming, Result
+from ..fused import Affine, Incoming, Result
 from ..layer import Ints, Tied
 from ..lazy import Lazy, Window
 from ..transposed import fold_adjoint
 from . import configs, device
 from . import transposed_kernels as kernels
-from .pointwise import _handed, _wide
+from .pointwise import _handed, _wide, finish_norm
+from .sums import sum_partials
 from .transposed_operands import (
     as_lazy,
     blocks_of,
@@ -97,12 +98,16 @@ def forward(
     window: Window = None,
     source: bool = False,
     minus: Tensor | None = None,
+    norm: Affine | None = None,
 ) -> Result:
     """u = Wᵀ (y - bias) of `shape` (N, C_in, H, W), a = act(u · scale[c] + shift[c]); keeps "u", "a" or "nothing".
 
     y: (N, C_out, P, Q), or smaller by `factor`. d: compared with a, every value of which stands for a `window` of d.
-    source: also a - minus[c], what the next reverse layer reads.
+    source: also a - minus[c], what the next reverse layer reads. norm: also the batch norm of u as it is kept, which
+    needs keep="u".
     """
+    if norm is not None and keep != "u":
+        raise ValueError(f'a batch norm is taken of u, which keep="u" keeps; got keep="{keep}"')
     check(why_not(y, weight, tied, shape, factor=factor, d=d, window=window))
     weight, tied = folded_weight(weight, tied, factor)
     inside = phases_inside(weight, tied)
@@ -119,6 +124,7 @@ def forward(
     like = Lazy(y.x, scale, shift, act, args)
     kept, to_source = (empty_image(y.x, shape) if wanted else None for wanted in (keep != "nothing", source))
     partials = None if d is None else y.x.new_empty(grid, dtype=torch.float32)
+    parts, rows = (None, None) if norm is None else _empty_parts(grid[0] * phases, like.x, shape[1])
     y_x, y_scale, y_shift, _, y_p, y_known = _handed(y, "Y_")
     _, a_scale, a_shift, _, a_p, a_known = _handed(like, "A_")
     d_x, d_scale, d_shift, _, d_p, d_known = _handed(d or Lazy(y.x), "D_")
@@ -127,13 +133,24 @@ def forward(
     kernels.transposed_kernel[grid](
         y_x, y_scale, y_shift, *y_p, _wide(bias), weight, a_scale, a_shift, *a_p,
         None if d is None else d_x, d_scale, d_shift, *d_p, _wide(minus), kept, to_source, partials,
-        shape[0] * prod(t), *t, *first, *pixels, y.x.stride(0), prod(shape[1:]), 0 if d is None else d.x.stride(0),
-        *weight.stride(), *size.values(),
+        parts, rows, shape[0] * prod(t), *t, *first, *pixels, y.x.stride(0), prod(shape[1:]),
+        0 if d is None else d.x.stride(0), *weight.stride(), *size.values(),
         **y_known, A_ACT=a_known["A_ACT"], **d_known, KEEP_U=keep == "u", **kernel_sizes(weight, tied),
         PH=kh, PW=kw, RAGGED_H=ragged[0], RAGGED_W=ragged[1], PHASES=inside,
         **blocks_of(own, kind_of(weight), size["CG_OUT"]),
     )  # fmt: skip
-    return Result(kept, None if partials is None else partials.sum(), to_source)
+    found = None
+    if norm is not None and parts is not None:
+        found = finish_norm(parts, rows, shape[0] * prod(shape[2:]), 1, *norm)
+    return Result(kept, None if partials is None else partials.sum(), to_source, found)
+
+
+def _empty_parts(parts: int, like: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """For a batch's statistics: mean and squares of every part, and its number of rows."""
+    return (
+        like.new_empty(parts, 2, channels, dtype=torch.float64),
+        like.new_empty(parts, dtype=torch.int32),
+    )
 
 
 @launcher
@@ -165,7 +182,7 @@ def source_gradient(
     total = None
     if partials is not None:
         total = like.new_empty(shape[1], dtype=torch.float32)
-        _sum(partials, total, sign=-1)
+        sum_partials(partials, total, sign=-1)
     return out, total
 
 
@@ -235,13 +252,5 @@ def _weight_gradient(
         **kernel_sizes(weight, tied), **blocks_of(own, kind_of(weight), size["CG_IN"]),
     )  # fmt: skip
     if splits > 1:
-        _sum(to, out)
+        sum_partials(to, out)
     return out
-
-
-def _sum(partials: Tensor, out: Tensor, sign: int = 1) -> None:
-    """out = sign · Σ_program partials[program], as they lie in memory."""
-    blocks = configs.summing(partials.shape[0])
-    kernels.sum_partials_kernel[(triton.cdiv(out.numel(), blocks["BLOCK_E"]),)](
-        partials, out, partials.shape[0], out.numel(), SIGN=sign, **blocks
-    )

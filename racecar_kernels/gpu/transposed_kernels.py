@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .activations import activate, differentiate
+from .norm_kernels import part_of_tile
 from .pointwise_kernels import read_channels, read_value
 
 # Triton's interpreter multiplies bfloat16 as the integers in which it keeps them, so that they are widened there.
@@ -102,9 +103,20 @@ def read_gradient(
 
 
 @triton.jit
+def count_pixels(phase, m, t_y, t_x, pad_h, pad_w, H, W, SH: tl.constexpr, SW: tl.constexpr):
+    """How many of the places t where m are pixels of u, in each phase: a sum a phase, to need few registers."""
+    count = tl.zeros_like(phase)
+    for r in tl.static_range(SH * SW):
+        o_y, o_x = t_y * SH + r // SW - pad_h, t_x * SW + r % SW - pad_w
+        inside = m & (o_y >= 0) & (o_y < H) & (o_x >= 0) & (o_x < W)
+        count = tl.where(phase == r, tl.sum(inside.to(tl.int32)), count)
+    return count
+
+
+@triton.jit
 def transposed_kernel(
     y, y_scale, y_shift, y_p0, y_p1, y_p2, bias, weight, a_scale, a_shift, a_p0, a_p1, a_p2,
-    d, d_scale, d_shift, d_p0, d_p1, d_p2, minus, out, source, partials,
+    d, d_scale, d_shift, d_p0, d_p1, d_p2, minus, out, source, partials, norm_parts, norm_rows,
     count, t_h, t_w, first_h, first_w, P, Q, H, W, pad_h, pad_w, y_n, u_n, d_n, w_o, w_i, w_h, w_w,
     C_OUT, C_IN, CG_OUT, CG_IN,
     Y_ACT: tl.constexpr, Y_DONE: tl.constexpr, A_ACT: tl.constexpr, D_ACT: tl.constexpr, D_DONE: tl.constexpr,
@@ -114,6 +126,9 @@ def transposed_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """u = Wᵀ (y - bias), a = act(u · a_scale + a_shift); out = u or a, source = a - minus, partials = Σ (d - a)².
+
+    norm_parts: of u as it is stored, mean and Σ (u - mean)² per channel, and in norm_rows of how many pixels they are;
+    a part is what a block of places has of one phase.
 
     Grid: blocks of the count = N · t_h · t_w places t; blocks of columns × phases × groups. d has PH × PW pixels for
     each of a, and RAGGED_H rows, RAGGED_W columns more, which belong to the last window.
@@ -162,6 +177,14 @@ def transposed_kernel(
         b_u = acc.to(out.dtype.element_ty)
         tl.store(out + o, b_u, mask=m)
         acc = b_u.to(tl.float32)
+    if norm_parts is not None:
+        rows = count_pixels(phase, (q < count)[:, None], t_y, t_x, pad_h, pad_w, H, W, SH, SW)
+        mean, squares = part_of_tile(acc, m, rows)
+        part = tl.program_id(0) * (SH * SW) + phase
+        p_part = norm_parts + part.to(tl.int64) * 2 * C_IN + o_c
+        tl.store(p_part, mean, mask=m_n)
+        tl.store(p_part + C_IN, squares, mask=m_n)
+        tl.store(norm_rows + part + o_c, rows, mask=m_n & (o_c == 0))
     if a_scale is not None:
         acc = acc * read_channels(a_scale, o_c, m_n)
     if a_shift is not None:
@@ -302,18 +325,3 @@ def weight_gradient_kernel(
     o = o_m[:, None] * o_o + c_in[None, :] * o_i + i * o_h + j * o_w
     p_out = out + tl.program_id(1).to(tl.int64) * o_split
     tl.store(p_out + o, acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
-
-
-@triton.jit
-def sum_partials_kernel(
-    partials, out, programs, count, SIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """out[e] = SIGN · Σ_program partials[program, e], in a fixed order; in float64, since the sums may cancel."""
-    o_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    total = tl.zeros((BLOCK_P, BLOCK_E), tl.float64)
-    for start in range(0, programs, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        m = (o_p < programs)[:, None] & (o_e < count)[None, :]
-        total += tl.load(partials + o_p.to(tl.int64)[:, None] * count + o_e[None, :], mask=m, other=0.0).to(tl.float64)
-    rounded = (SIGN * tl.sum(total, 0)).to(tl.float32)  # Triton's interpreter cannot turn float64 into bfloat16
-    tl.store(out + o_e, rounded.to(out.dtype.element_ty), mask=o_e < count)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.triton import DTYPES
 from ..fused import Incoming as Incoming
 from ..layer import Ints, Tied
 from ..lazy import Lazy, Window
@@ -17,7 +16,7 @@ from ..pointwise import numbered
 from ..transposed import can_fold, fold
 from . import configs, device
 from .configs import Gemm
-from .pointwise import _handed, _listed
+from .pointwise import _handed
 
 MOST_STRIDE = 4
 MOST_TAPS = 4  # of the window of a pooling that is undone in the epilogue
@@ -25,17 +24,6 @@ MOST_ELEMENTS = 2**31 - 2**16  # of one image and of the weight: offsets within 
 
 
 # ------------------------------------------------------------------------------------------- what is served
-
-
-def why_not_tensors(tensors: list[Tensor]) -> str | None:
-    reason = device.why_not(tensors[0].device.type)
-    if reason is not None:
-        return reason
-    if len({t.device for t in tensors}) > 1:
-        return f"the tensors are on several devices: {_listed(t.device for t in tensors)}"
-    if tensors[0].dtype not in DTYPES or len({t.dtype for t in tensors}) > 1:
-        return f"one type of {_listed(DTYPES)} is needed, got {_listed(t.dtype for t in tensors)}"
-    return None
 
 
 def why_not_operation(weight: Tensor, tied: Tied, shape: Ints, given: Ints, factor: Ints | None) -> str | None:
@@ -80,7 +68,7 @@ def why_not_operands(
     operands: list[Lazy], weight: Tensor, tied: Tied, shape: Ints, given: Ints, factor: Ints | None
 ) -> str | None:
     """given: the shape of y."""
-    reason = why_not_tensors([*(v.x for v in operands), weight])
+    reason = device.why_not_tensors([*(v.x for v in operands), weight])
     reason = reason or why_not_operation(weight, tied, shape, given, factor)
     if reason is not None:
         return reason

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..tape import one_instruction
 from . import configs, device
 
 Entries = dict[str, tuple[int, ...]]
@@ -110,7 +111,7 @@ def launcher(launch: Callable[P, R]) -> Callable[P, R]:
                 return launch(*args, **kwargs)
             return _tuner.run(launch, *args, **kwargs)
 
-    return call
+    return one_instruction(call)
 
 
 def read(path: Path, architecture: str) -> Entries:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..engine import Engine
-from ..wrapping import engine_of, wrap
+from .pictures import axes_for, figure_of
+from .recording import check_count, check_samples, evaluated, states_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,68 @@ class LayerReversibility:
     full_gain: float
 
 
+@dataclass(frozen=True)
+class Reversibility(Sequence[LayerReversibility]):
+    """One entry per layer, m = 1 first; the errors also as arrays, and as a figure.
+
+    Attributes:
+        layers: the entries.
+    """
+
+    layers: tuple[LayerReversibility, ...]
+
+    @overload
+    def __getitem__(self, index: int) -> LayerReversibility: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LayerReversibility, ...]: ...
+    def __getitem__(self, index: int | slice) -> LayerReversibility | tuple[LayerReversibility, ...]:
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self.layers)
+
+    @property
+    def local(self) -> NDArray[np.float64]:
+        """Error of every layer when it is reversed from its own output, (layers,)."""
+        return np.array([layer.local for layer in self.layers])
+
+    @property
+    def full(self) -> NDArray[np.float64]:
+        """Error of what comes back to every layer from the network's output, (layers,)."""
+        return np.array([layer.full for layer in self.layers])
+
+    def plot(self, ax: Axes | None = None) -> Figure:
+        """Draws both errors over the layers: 0 where a layer's input comes back, 1 where nothing of it does.
+
+        Args:
+            ax: where to; None: a new figure.
+
+        Returns:
+            The figure drawn into.
+        """
+        ax = axes_for(ax, (max(4.0, 1.5 + 0.6 * len(self)), 3.2))
+        places = range(len(self))
+        ax.plot(places, self.local, marker="o", label="from its own output (local)")
+        ax.plot(places, self.full, marker="s", label="from the network's output (full)")
+        ax.set_xticks(places, self.names)
+        ax.set_ylim(-0.03, 1.03)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("error ‖d − g·d′‖ / ‖d‖")
+        ax.legend()
+        return figure_of(ax)
+
+
 @torch.no_grad()
-def reversibility(model: nn.Module, x: Tensor, *, batch_size: int = 256) -> list[LayerReversibility]:
+def reversibility(model: nn.Module, x: Tensor, *, batch_size: int = 256) -> Reversibility:
     """Runs x forwards and backwards and compares every layer's input with what comes back, local and full.
 
     Args:
-        model: a chain that `racecar.wrap` takes, wrapped or not; norms as in evaluation. It is left as it was.
+        model: with a unique path from output to input, as `racecar.wrap` finds it, wrapped or not; norms as in
+            evaluation. It is left as it was.
         x: the model's input, (samples, ...).
         batch_size: samples at a time.
 
@@ -49,26 +111,29 @@ def reversibility(model: nn.Module, x: Tensor, *, batch_size: int = 256) -> list
         One entry per layer, m = 1 first.
 
     Raises:
-        ValueError: x is empty, or the model is no chain.
+        TypeError: x is no tensor.
+        ValueError: x is empty, or the model has no unique path.
     """
-    if not len(x):
-        raise ValueError(f"reversibility needs at least one sample, got x of shape {tuple(x.shape)}")
+    check_samples("reversibility", x)
+    check_count("batch_size", batch_size)
     with evaluated(model) as engine:
-        count = len(engine.plan.layers)
+        names = engine.plan.names[: engine.plan.chain]
+        count = len(names)
         # d·d, d·d', d'·d' of every layer, from its own output and from the network's
         local, full = (torch.zeros(count, 3, dtype=torch.float64) for _ in range(2))
         for batch in x.split(batch_size):
             with engine.recording(reconstruct=True) as run:
                 model(batch)
-            if run.y is None:
-                raise RuntimeError("no forward was recorded")
-            outputs, back = [*run.targets[1:], run.y], run.y
+            states = states_of(engine, run)
+            back = states[-1]
             for m in reversed(range(count)):
                 back = engine.reverse_of(m, back, run)
-                full[m] += products(run.targets[m], back)
-                local[m] += products(run.targets[m], engine.reverse_of(m, outputs[m], run))
-        found = zip(engine.plan.names, map(error_and_gain, local), map(error_and_gain, full), strict=True)
-    return [LayerReversibility(name, own[0], whole[0], own[1], whole[1]) for name, own, whole in found]
+                full[m] += products(states[m], back)
+                local[m] += products(states[m], engine.reverse_of(m, states[m + 1], run))
+        found = zip(names, map(error_and_gain, local), map(error_and_gain, full), strict=True)
+    return Reversibility(
+        tuple(LayerReversibility(name, own[0], whole[0], own[1], whole[1]) for name, own, whole in found)
+    )
 
 
 def products(d: Tensor, back: Tensor) -> Tensor:
@@ -85,25 +150,3 @@ def error_and_gain(sums: Tensor) -> tuple[float, float]:
     gain = mixed / other if other > 0 else 0.0
     rest = max(0.0, own - gain * mixed)
     return math.sqrt(rest / own) if own > 0 else 0.0, gain
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[Engine]:
-    """The model wrapped and in evaluation mode inside; as it was afterwards."""
-    engine = engine_of(model)
-    modes = {module: module.training for module in model.modules()}
-    mine = engine is None
-    if engine is None:
-        engine = engine_of(wrap(model, lam=0.0))
-    if engine is None:
-        raise RuntimeError("racecar.wrap has left no engine")
-    kept = engine.result
-    model.eval()
-    try:
-        yield engine
-    finally:
-        engine.result = kept
-        if mine:
-            model.unwrap()  # type: ignore[operator]
-        for module, training in modes.items():
-            module.training = training

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import racecar
 import racecar_kernels as rk
+from racecar_kernels.backends import ON_REQUEST
 
 from . import checkpointed, plain
 from .residual import parts_of
@@ -36,12 +37,14 @@ class Contestant:
         variant: `full` or `local`; None for plain training.
         prepare: (network, input, λ) -> one forward pass that returns the loss. The network is the contestant's own.
         compiled: whether `torch.compile` works on it first, which takes minutes.
+        double: whether it computes in float64; if not, its gradients are judged in float32 alone.
     """
 
     name: str
     variant: str | None
     prepare: Prepare
     compiled: bool = False
+    double: bool = True
 
 
 def task_loss(y: Tensor) -> Tensor:
@@ -125,12 +128,17 @@ def _ours(variant: str, memory: str, backend: str | None) -> Prepare:
 
 def _of_ours(backend: str | None) -> list[Contestant]:
     ending = "" if backend is None else f", {backend}"
+    double = backend not in SINGLE
     return [
-        Contestant(f"ours, {variant}, {memory}{ending}", variant, _ours(variant, memory, backend))
+        Contestant(f"ours, {variant}, {memory}{ending}", variant, _ours(variant, memory, backend), double=double)
         for variant, memory in POLICIES
     ]
 
 
+NAMES = (*rk.backends(), *(backend.name for backend in ON_REQUEST))
+SINGLE = tuple(
+    name for name in NAMES if name not in ("cpp", "reference")
+)  # backends of GPU kernels, which leave float64 to others
 REFERENCES = [Contestant(f"plain PyTorch, {variant}", variant, _plain(variant)) for variant in VARIANTS]
 CHECKPOINTED = [
     Contestant(f"plain PyTorch, {variant}, checkpoints", variant, _plain(variant, checkpointed.forward_and_losses))
@@ -154,8 +162,8 @@ def contestants(
         ValueError: no backend, or no contestant, has that name.
     """
     for name in backends:
-        if name not in rk.backends():
-            raise ValueError(f"no backend is named {name}; there are {', '.join(rk.backends())}")
+        if name not in NAMES:
+            raise ValueError(f"no backend is named {name}; there are {', '.join(NAMES)}")
     everybody = [CONTESTANTS[0], *REFERENCES, *CHECKPOINTED, *(COMPILED if compiled else ()), *CONTESTANTS[5:]]
     everybody += [contestant for name in backends for contestant in _of_ours(name)]
     found = [c for c in everybody if c.name == STD or containing is None or containing in c.name]

@@ -73,12 +73,13 @@ def check_gradients(
     """Holds every contestant against the plain reverse pass of its variant, on a small instance.
 
     Both where the input asks for a gradient and where, as in a measured step, it does not (see `ways`). In float64 the
-    two must agree; the error is taken relative to the reverse pass's own share of the gradient, since that is what can
-    be wrong: relative to the whole gradient it would hide behind the small λ. In float32 (`single`), with λ = 1 for the
-    same reason, a contestant may be off from the float64 gradient by at most twice what plain PyTorch's float32 is off,
-    norm-wise, over seven draws of all parameters and inputs: its median, against plain PyTorch's 80th percentile.
-    Median and percentile are close but for deep chains of batch norms, where now and then a ReLU falls on the other
-    side of zero in float32, and the error is a hundred times that of other draws, for anybody.
+    two must agree, if the contestant computes in it; the error is taken relative to the reverse pass's own share of the
+    gradient, since that is what can be wrong: relative to the whole gradient it would hide behind the small λ. In
+    float32 (`single`), with λ = 1 for the same reason, a contestant may be off from the float64 gradient by at most
+    twice what plain PyTorch's float32 is off, norm-wise, over seven draws of all parameters and inputs: its median,
+    against plain PyTorch's 80th percentile. Median and percentile are close but for deep chains of batch norms, where
+    now and then a ReLU falls on the other side of zero in float32, and the error is a hundred times that of other
+    draws, for anybody.
 
     Returns:
         contestant -> why it cannot run here, for those that cannot.
@@ -100,7 +101,10 @@ def check_gradients(
         right = gradients(reference, net, x)
         for contestant in judged:
             try:
-                _check_double(network, contestant, net, x, right, without)
+                if contestant.double:
+                    _check_double(network, contestant, net, x, right, without)
+                else:
+                    Prepared(contestant, copy.deepcopy(net).float(), x.float(), LAM)
             except CannotRunError as reason:
                 skipped[contestant.name] = str(reason)
         if single:

@@ -1,10 +1,11 @@
 """The residual networks that are measured. What of them runs backwards is written down as their parts.
 
-`racecar.wrap` plans chains so far, no graphs: a residual network is wrapped part by part, each part a chain (the stem,
-the branch of every block), and the parts' reverse losses are added up. A part's `input_activation` stands for what lies
-between the last addition and its input, so that for ResNet110 this is the local reverse of docs/concepts.md layer by
-layer. In the weather network one layer of forty differs from it: the first branch's first convolution comes back
-without the stem's activation and norm, of which the branch knows nothing. Every contestant runs the same parts.
+They are wrapped part by part, each part a chain that runs as one autograd node (the stem, the branch of every block),
+and the parts' reverse losses are added up: that keeps less than `racecar.wrap` of the whole, which runs layer by layer.
+A part's `input_activation` stands for what lies between the last addition and its input, so that for ResNet110 this is
+the local reverse of docs/concepts.md layer by layer. In the weather network one layer of forty differs from it: the
+first branch's first convolution comes back without the stem's activation and norm, of which the branch knows nothing.
+Every contestant runs the same parts.
 """
 
 from __future__ import annotations

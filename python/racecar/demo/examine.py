@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-import racecar
+from racecar_kernels import describe
 
-from ..analysis import LayerReversibility, reversibility
+from ..analysis import LayerReversibility, data_modes, layer_modes, reconstructions, reversibility
 from .contestants import chosen
 from .jobs import Job, Workplace
 from .results import LayerError, Pictures, Reconstruction, Results
-from .singular_vectors import data_modes, first_layer_modes
 
 SHOWN = 10  # images and patterns per row of a picture
 
@@ -25,16 +24,19 @@ def examine(place: Workplace, results: Results, pictures: Pictures, seeds: int) 
     pictures["input"] = x[examples].numpy()
     pictures["blurred"] = place.tasks["B"].test_x[examples].numpy()
     best = data_modes(x, SHOWN)
-    pictures["modes data"] = best.images.numpy()
+    pictures["modes data"] = best.images
     results.energy["data"] = best.energy(x)
     for contestant in chosen(place.settings.models):
         name = contestant.name
         networks = [Job(place, contestant, seed).load() for seed in range(seeds)]
-        back = reconstruct(networks[0], x)
-        pictures[f"reconstruction {name}"] = back[examples].numpy()
-        results.reconstructions[name] = compare(x, back)
-        modes = first_layer_modes(networks[0], place.image_shape, SHOWN)
-        pictures[f"modes {name}"] = modes.images.numpy()
+        back = reconstructions(networks[0], x)
+        pictures[f"reconstruction {name}"] = back.images[-1][examples]
+        results.reconstructions[name] = Reconstruction(
+            *(float(own[-1]) for own in (back.gain, back.error, back.error_with_gain))
+        )
+        results.depths[name] = dict(zip(back.names, back.error_with_gain.tolist(), strict=True))
+        modes = layer_modes(first_layer(networks[0]), place.image_shape, SHOWN)
+        pictures[f"modes {name}"] = modes.images
         results.energy[name] = modes.energy(x)
         results.reversibility[name] = mean_errors([reversibility(network, x) for network in networks])
 
@@ -45,7 +47,7 @@ def first_images(place: Workplace) -> list[int]:
     return [int((y == label).nonzero()[0]) for label in range(place.classes)][:SHOWN]
 
 
-def mean_errors(found: list[list[LayerReversibility]]) -> dict[str, LayerError]:
+def mean_errors(found: Sequence[Sequence[LayerReversibility]]) -> dict[str, LayerError]:
     """Errors of every layer, mean over the networks."""
     return {
         layers[0].name: LayerError(
@@ -56,21 +58,6 @@ def mean_errors(found: list[list[LayerReversibility]]) -> dict[str, LayerError]:
     }
 
 
-def reconstruct(network: nn.Sequential, x: Tensor, batch_size: int = 256) -> Tensor:
-    """What comes back from a plain network when x runs through it and all the way back; the network stays plain."""
-    network.eval()
-    wrapped = racecar.wrap(network, lam=0.0)
-    try:
-        return torch.cat([wrapped.reconstruct(batch) for batch in x.split(batch_size)])
-    finally:
-        wrapped.unwrap()
-        network.train()
-
-
-def compare(x: Tensor, back: Tensor) -> Reconstruction:
-    """Relative errors of a reconstruction, as it is and after the best gain."""
-    x, back = x.double(), back.double()
-    power = float(back.square().sum())
-    gain = float((x * back).sum()) / power if power > 0 else 1.0
-    norm = float(x.norm())
-    return Reconstruction(gain, float((x - back).norm()) / norm, float((x - gain * back).norm()) / norm)
+def first_layer(network: nn.Module) -> nn.Module:
+    """The first tied operation of a chain."""
+    return next(module for module in network.modules() if describe.is_a(module, describe.TIED))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 from string import Template
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .images import Array, data_uri
+from ..analysis.pictures import Row
+from .images import data_uri
+from .results import Results
 
 # The colours of the six models differ in lightness as well as in hue: they stay apart for colour-blind eyes too.
 # Each has a contrast of at least 3 to the card it is drawn on.
@@ -138,21 +135,11 @@ def table(title: str, head: list[str], rows: list[tuple[str, list[str]]], *, car
     )
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of small images.
-
-    Attributes:
-        label: in front of them.
-        images: (count, channels, height, width).
-        colour: one image -> its pixels.
-        details: below the label, in small print.
-    """
-
-    label: str
-    images: Array
-    colour: Callable[[Array], NDArray[np.uint8]]
-    details: tuple[str, ...] = ()
+def model_label(results: Results, name: str, *, title: bool = False) -> str:
+    """A model's colour and name, and what it is."""
+    place = list(results.models).index(name)
+    small = f"<small>{escape(results.models[name])}</small>" if title else ""
+    return f'<i class="dot c{place}"></i>{escape(name)}{small}'
 
 
 def picture_grid(rows: list[Row], *, what: str) -> str:

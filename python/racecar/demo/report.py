@@ -8,14 +8,15 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+from ..analysis.pictures import Row, draw_rows, grey_levels
 from .curves import panel
-from .images import grey_levels, save_rows, signed_levels
-from .page import PAGE, Row, note, picture_grid, section, table
+from .inside import layer_numbers, modes_section, reconstruction_rows, reconstruction_section, reversibility_section
+from .page import PAGE, model_label, note, picture_grid, section, table
 from .remarks import remarks
-from .results import PHASES, LayerError, Pictures, Results, Run, load_results
+from .results import PHASES, Pictures, Results, Run, load_results
 from .significance import Difference, differences
 from .text import (
-    figure_text,
+    first_images_text,
     joined,
     megabytes,
     p_text,
@@ -43,7 +44,7 @@ def write_report(folder: Path) -> Path:
     """
     results, pictures = load_results(folder)
     rows = reconstruction_rows(results, pictures)
-    save_rows([(", ".join((row.label, *row.details[:1])), row.images) for row in rows], folder / PICTURE)
+    draw_rows(rows).savefig(folder / PICTURE, dpi=110)  # about 1000 pixels wide, for a README or a slide
     path = folder / "report.html"
     path.write_text(render(results, pictures), encoding="utf-8")
     return path
@@ -117,13 +118,6 @@ def outcome(results: Results) -> str:
             said = "; ".join(clear) or f"no clear difference to {base}"
             parts.append(f"<strong>{escape(phase)}:</strong> {escape(said)}.")
     return f"<p>{' '.join(parts)}</p>" if parts else ""
-
-
-def model_label(results: Results, name: str, *, title: bool = False) -> str:
-    """A model's colour and name, and what it is."""
-    place = list(results.models).index(name)
-    small = f"<small>{escape(results.models[name])}</small>" if title else ""
-    return f'<i class="dot c{place}"></i>{escape(name)}{small}'
 
 
 def accuracy_table(results: Results) -> str:
@@ -232,99 +226,6 @@ def tasks_section(results: Results, pictures: Pictures) -> Iterable[str]:
     yield note(
         f"{escape(first_images_text(results))}. Task B's are {blur}"
         f"{f', and {labelled:,} labelled images are there to learn it' if labelled else ''}."
-    )
-
-
-def first_images_text(results: Results) -> str:
-    """Which images are shown: none was picked by hand."""
-    classes = len(results.data.get("classes", ()))
-    shown = "of each class" if classes <= 10 else "of each of the first ten classes"
-    return f"The first of the {tested_on(results)} {shown}"
-
-
-def reconstruction_rows(results: Results, pictures: Pictures) -> list[Row]:
-    """The input, then every model's reconstruction, multiplied with its gain."""
-    rows = [Row("input", pictures["input"], grey_levels)]
-    for name, made in results.reconstructions.items():
-        details = (f"× {figure_text(made.gain)}", f"error {figure_text(made.error_with_gain)}")
-        images = pictures[f"reconstruction {name}"] * made.gain
-        rows.append(Row(name, images, grey_levels, details))
-    return rows
-
-
-def reconstruction_section(results: Results, pictures: Pictures) -> Iterable[str]:
-    """Inputs, what each model gives back, and what the figure means."""
-    yield picture_grid(reconstruction_rows(results, pictures), what="reconstructed image")
-    unscaled = ", ".join(f"{escape(name)} {figure_text(made.error)}" for name, made in results.reconstructions.items())
-    yield note(
-        f"{escape(first_images_text(results))} goes through the convolutions as phase I left them (seed 0) and all the "
-        f"way back through the same weights, transposed; no decoder takes part. It may come back at another scale: "
-        f"each row is multiplied with the one number that fits all {tested_on(results)} best. Error: ‖d − d′‖ / ‖d‖ "
-        f"over all {tested_on(results)}, 0 where they come back exactly. Without that number it is: {unscaled}."
-    )
-
-
-def layer_numbers(results: Results) -> dict[str, int]:
-    """A layer's name in the network -> its number, counted from the input."""
-    found = [layer for errors in results.reversibility.values() for layer in errors]
-    found += [layer for run in results.runs for layer in run.layer_losses]
-    return {layer: number for number, layer in enumerate(dict.fromkeys(found), 1)}
-
-
-def reversibility_section(results: Results) -> Iterable[str]:
-    """Every layer's error by model, reversed from its own output and from the network's."""
-    layers = list(next(iter(results.reversibility.values()), {}))
-    if not layers:
-        return
-    ways: dict[str, Callable[[LayerError], float]] = {
-        "From its own output (local)": lambda error: error.local,
-        "From the network's output (full)": lambda error: error.full,
-    }
-    numbers = layer_numbers(results)
-    tables = []
-    for title, of in ways.items():
-        rows = []
-        for name, errors in results.reversibility.items():
-            cells = [heat(of(errors[layer])) for layer in layers]
-            rows.append((model_label(results, name), cells))
-        head = [f"layer {numbers[layer]}" for layer in layers]
-        tables.append(f"<div><h3>{escape(title)}</h3>{table(title, head, rows)}</div>")
-    yield f'<div class="pair">{"".join(tables)}</div>'
-    modules = joined([escape(layer) for layer in layers])
-    yield note(
-        f"Relative error ‖d − g·d′‖ / ‖d‖ between what a layer receives, d, and what comes back to it, d′, with the "
-        f"best gain g, over the {tested_on(results)} after phase I, mean over the seeds: 0 where it comes back but for "
-        f"its scale, 1 where nothing of it does; the stronger the tint, the better. Own output: the layer is reversed "
-        f"by itself. Network's output: what has come back through all layers above it. Layers are counted from the "
-        f"input (in the network: {modules})."
-    )
-
-
-def heat(error: float) -> str:
-    """A figure with a tint, the stronger the smaller the error."""
-    strength = min(1.0, max(0.0, 1 - error)) if math.isfinite(error) else 0.0
-    return f'<span class="heat" style="--h:{strength:.3f}">{error:.2f}</span>'
-
-
-def modes_section(results: Results, pictures: Pictures) -> Iterable[str]:
-    """First-layer right singular vectors of every model beside those of the data."""
-    names = ["data", *results.models]
-    rows = [
-        Row(name, pictures[f"modes {name}"], signed_levels, (f"holds {results.energy[name]:.0%}",)) for name in names
-    ]
-    yield picture_grid(rows, what="pattern")
-    count, channels = pictures["modes data"].shape[:2]
-    colours = "Red positive, blue negative" if channels == 1 else "Grey is zero, other colours are departures from it"
-    yield note(
-        f"The {count} directions in which the first layer responds most, strongest first: right singular vectors of "
-        f"its matrix on the whole image (seed 0, after phase I). In the first row those of the data (the "
-        f"{tested_on(results)} as rows of a matrix, mean not removed). {colours}, each scaled to its largest entry."
-    ) + note(
-        f"Holds: share of the data's energy, the sum of squares, in the span of the row's directions; "
-        f"{count} random ones hold {count / pictures['modes data'][0].size:.0%}, no {count} hold more than the "
-        f"data's own.",
-        "A convolution treats all places alike, so its directions are oscillations across the image whatever it was "
-        "trained on; training chooses which.",
     )
 
 

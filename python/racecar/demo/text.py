@@ -52,6 +52,13 @@ def tested_on(results: Results) -> str:
     return "validation images" if results.data.get("validated") else "test images"
 
 
+def first_images_text(results: Results) -> str:
+    """Which images are shown: none was picked by hand."""
+    classes = len(results.data.get("classes", ()))
+    shown = "of each class" if classes <= 10 else "of each of the first ten classes"
+    return f"The first of the {tested_on(results)} {shown}"
+
+
 def result_text(results: Results, model: str, phase: str) -> str:
     """'.981 ± .002', or '–' for a phase without labels."""
     found = results.accuracy(model, phase)

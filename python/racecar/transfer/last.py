@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from racecar_kernels import describe
 
-from ..engine import Boundary
+from ..hooks import Boundary
 from ..wrapping import Reversible
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

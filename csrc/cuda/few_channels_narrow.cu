@@ -1,0 +1,15 @@
+#include "few_channels_narrow.cuh"
+#include "kernels.h"
+
+#include <type_traits>
+
+namespace racecar {
+namespace cuda {
+
+cudaError_t few_channels_narrow(const FewParams &params, Number number, int few, cudaStream_t stream) {
+  return with_few<Narrow>(number, few,
+                          [&](auto *of) { return launch<std::remove_pointer_t<decltype(of)>>(params, stream); });
+}
+
+} // namespace cuda
+} // namespace racecar

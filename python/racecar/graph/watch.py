@@ -1,0 +1,265 @@
+"""Watches a model's own forward, call by call, and runs the reverse of every planned layer when its y is there.
+
+What the planner found is what is looked for: a call is known by its weight, and where its input came from by the trail
+that pooling, norms and activations leave. Everything else in the forward may differ from step to step; a layer that is
+not called does not count.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..hooks import Boundary
+from . import calls
+from .calls import FAMILIES, Family
+from .modes import CELLS, CallMode, projections
+from .plan import GraphLayer
+
+if TYPE_CHECKING:
+    from .engine import GraphEngine, GraphRun
+
+
+class Step(NamedTuple):
+    """One call on the way: what it was called with, as far as the reverse needs that.
+
+    `x`: its input, of pooling, up-sampling and dropout alone; `tensors`: of a norm its scale, shift and running
+    statistics, of PReLU its slopes; `training`: whether a norm took statistics.
+    """
+
+    family: Family
+    x: Tensor | None
+    tensors: tuple[Any, ...] = ()
+    training: bool = True
+
+
+class Seen(NamedTuple):
+    """What a layer of a forward was called with."""
+
+    weight: Tensor
+    bias: Tensor | None
+    latent: list[Step]
+
+
+class Trail(NamedTuple):
+    """Where a tensor came from: the calls since the last other operation; and the layer whose y it leads to, in how
+    many calls."""
+
+    steps: tuple[Step, ...] = ()
+    layer: int = -1
+    ahead: int = 0
+
+
+_NEW = Trail()
+
+
+class Trails:
+    """Of the tensors that are alive. An entry goes with its tensor, and with it what it holds."""
+
+    def __init__(self) -> None:
+        self._at: dict[int, tuple[weakref.ref[Tensor], Trail]] = {}
+
+    def of(self, tensor: Tensor) -> Trail:
+        known = self._at.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else _NEW
+
+    def set(self, tensor: Tensor, trail: Trail) -> None:
+        key, at = id(tensor), self._at
+        self._at[key] = (weakref.ref(tensor, lambda _: at.pop(key, None)), trail)
+
+
+class TrailsByMemory:
+    """The same where FSDP2 hands every block aliases of what it was given: found by where it lies, not by identity.
+
+    Memory is used again: what another call writes there has no trail, and a trail that leads to a y does so once.
+    """
+
+    def __init__(self) -> None:
+        self._at: dict[Any, Trail] = {}
+
+    def of(self, tensor: Tensor) -> Trail:
+        place = self._place(tensor)
+        trail = self._at.get(place, _NEW)
+        if trail.layer >= 0:
+            self._at[place] = Trail(trail.steps)
+        return trail
+
+    def set(self, tensor: Tensor, trail: Trail) -> None:
+        self._at[self._place(tensor)] = trail
+
+    def forget(self, result: object, given: tuple[Any, ...]) -> None:
+        """What a call of no family has written; an alias of what it was given is that still."""
+        if not isinstance(result, Tensor):
+            return
+        if not any(isinstance(t, Tensor) and t.data_ptr() == result.data_ptr() for t in given):
+            self._at.pop(self._place(result), None)
+
+    @staticmethod
+    def _place(tensor: Tensor) -> Any:
+        return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+class TracedTrails:
+    """The same while torch.compile traces, which knows neither identities nor weak references; nothing is held then."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, Trail]] = []
+
+    def of(self, tensor: Tensor) -> Trail:
+        for known, trail in reversed(self._known):
+            if known is tensor:
+                return trail
+        return _NEW
+
+    def set(self, tensor: Tensor, trail: Trail) -> None:
+        self._known.append((tensor, trail))
+
+
+class Notice(Boundary):
+    """A hook behind a module whose function torch.compile does not hand to a mode."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        engine = self.engine
+        if engine is None or engine.run is None or not torch.compiler.is_compiling():
+            return None
+        return engine.run.watch.unseen(args[0], output)
+
+
+UNSEEN = (nn.Hardswish, nn.Hardsigmoid)  # PyTorch counts their functions among those that cannot be overridden
+
+
+class Watch(CallMode):
+    """One forward under way."""
+
+    def __init__(self, engine: GraphEngine, run: GraphRun) -> None:
+        super().__init__()
+        self.engine, self.run = engine, run
+        self.trails: Any = Trails()
+        if torch.compiler.is_compiling():
+            self.trails = TracedTrails()
+        self._by_memory = engine.shards is not None and bool(engine.shards.block_of)
+        if self._by_memory:
+            self.trails = TrailsByMemory()
+        self._next = 0
+        self._uses = [0] * len(engine.weights)
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        family = FAMILIES.get(func)
+        if family is None:
+            if func in CELLS:
+                for x, weight, bias in projections(args, kwargs):
+                    self._inside(x, weight, bias)
+            result = func(*args, **kwargs)
+            if self._by_memory:
+                self.trails.forget(result, args if not calls.works_in_place(func, kwargs) else ())
+            return result
+        if family is Family.TIED:
+            return self._tied(func, args, kwargs)
+        x = args[0] if args else kwargs["input"]
+        trail = self.trails.of(x)  # before the call, which may change x in place
+        if family is not Family.LATENT and (calls.works_in_place(func, kwargs) or (len(args) > 3 and args[3] is True)):
+            x = x.clone()  # a dropout in place: d is what was there before
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor):  # pooling that returns indices
+            return result
+        if family is Family.LATENT:
+            return self._went_on(self._latent(trail, func, args, kwargs), result)
+        return self._went_on(Trail((*trail.steps, Step(family, x)), trail.layer, trail.ahead - 1), result)
+
+    def unseen(self, x: Tensor, result: Tensor) -> Tensor:
+        """What a call would have given that torch.compile does not hand to a mode, `UNSEEN` has which."""
+        return self._went_on(self._latent(self.trails.of(x), None, (), {}), result)
+
+    def _went_on(self, trail: Trail, result: Tensor) -> Tensor:
+        """Remembers where a result came from, and runs the reverse of the layer whose y it is."""
+        if trail.layer >= 0 and trail.ahead == 0:
+            result = self.engine.left(trail.layer, result, self.run)
+            trail = Trail(trail.steps)
+        self.trails.set(result, trail)
+        return result
+
+    def _latent(self, trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail:
+        tensors: tuple[Any, ...] = ()
+        training = True
+        if func in calls.NORMS:
+            tensors = calls.norm_tensors(func, args, kwargs)
+            training = calls.in_training(func, args, kwargs)
+        elif func in calls.SLOPED:
+            tensors = (args[1] if len(args) > 1 else kwargs["weight"],)
+        if self.engine.shards is not None:
+            tensors = self.engine.shards.kept(tensors)
+        # behind pooling, a walk back from the next layer ends here; of a dropout nobody needs the input any more
+        before = [Step(s.family, None, s.tensors, s.training) for s in trail.steps]
+        if any(s.family is not Family.LATENT and s.family is not Family.SILENT for s in before):
+            before = []
+        return Trail((*before, Step(Family.LATENT, None, tensors, training)), trail.layer, trail.ahead - 1)
+
+    def _tied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, weight, bias = calls.tied_tensors(args, kwargs)
+        m = self._layer_of(weight)
+        if m < 0:
+            result = func(*args, **kwargs)
+            self.trails.set(result, _NEW)
+            return result
+        layer = self.engine.layer(m)
+        self._enter(m, layer, x, weight, bias)
+        result = func(*args, **kwargs)
+        if layer.ahead == 0:
+            result = self.engine.left(m, result, self.run)
+            self.trails.set(result, _NEW)
+        else:
+            self.trails.set(result, Trail((), m, layer.ahead))
+        return result
+
+    def _inside(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """A linear layer in a recurrent cell, whose result nobody sees: it is computed again."""
+        m = self._layer_of(weight)
+        if m >= 0:
+            self._enter(m, self.engine.layer(m), x, weight, bias)
+            self.engine.left(m, F.linear(x, weight, bias), self.run)
+
+    def _layer_of(self, weight: Tensor) -> int:
+        """The layer that this use of the weight is; -1: none. Looked for from where the last one was found."""
+        weights = self.engine.weights
+        for k in range(len(weights)):
+            i = (self._next + k) % len(weights)
+            own = weights[i]
+            if own[0].weight() is weight:
+                use = self._uses[i]
+                self._uses[i] = use + 1
+                self._next = (i + 1) % len(weights)
+                return own[1].get(use, -1)
+        return -1
+
+    def _enter(self, m: int, layer: GraphLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        steps = self.trails.of(x).steps
+        back, made = len(layer.back), len(layer.made)
+        way = [s.family for s in steps[len(steps) - back - made :]]
+        if len(steps) < back + made or way != [*layer.made, *layer.back]:
+            raise RuntimeError(
+                f"what leads to layer {layer.name!r} is not what it was when the model was planned "
+                f"({_words([*layer.made, *layer.back])} then, {_words([s.family for s in steps])} now); "
+                f"{remedy()}"
+            )
+        d: Any = steps[len(steps) - back].x if back else x
+        own = steps[len(steps) - back - made : len(steps) - back]
+        seen = Seen(weight, bias, [s for s in own if s.family is Family.LATENT])
+        self.engine.entered(m, d, seen, self.run)
+
+
+def remedy() -> str:
+    """What may have happened where a forward is not what was planned."""
+    if torch.compiler.is_compiling():
+        return (
+            "torch.compile does not show calls of F.hardswish and F.hardsigmoid: use nn.Hardswish and nn.Hardsigmoid; "
+            "or unwrap and wrap again after changing the model"
+        )
+    return "unwrap and wrap again after changing the model"
+
+
+def _words(families: list[Family]) -> str:
+    return ", ".join([family.value for family in families]) or "nothing"

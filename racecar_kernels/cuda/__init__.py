@@ -1,0 +1,1 @@
+"""Launchers of the CUDA kernels in csrc/cuda. Nothing here imports Triton; not yet measured on a GPU."""
