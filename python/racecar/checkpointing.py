@@ -36,4 +36,4 @@ def first_result_kept(engine: Engine) -> Iterator[None]:
         if first is not None and again is not None and again.total.requires_grad and not first.total.requires_grad:
             raise RuntimeError(_REENTRANT)
     finally:
-        engine.result = first
+        engine.set_result(first)

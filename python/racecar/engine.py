@@ -55,6 +55,8 @@ class Engine(ABC):
     at every forward.
     """
 
+    result: Result | None = None  # of the last forward
+
     def __init__(self, model: nn.Module, plan: Plan, settings: Settings):
         self.base = type(model)
         self.plan, self.settings = plan, settings
@@ -65,7 +67,10 @@ class Engine(ABC):
         self._kept_factors: dict[tuple[Any, ...], Tensor] = {}
         self.sampler = None if settings.sample is None else Sampler(settings.sample, settings.layers)
         self.run: Run | None = None
-        self.result: Result | None = None
+
+    def set_result(self, value: Result | None) -> None:
+        """A method, since torch.compile in PyTorch 2.11 writes past the setter of a property."""
+        self.result = value
 
     def __getstate__(self) -> dict[str, Any]:
         left_behind = {"run": None, "result": None, "_last_weights": None}  # a copy starts without the original's graph
@@ -159,7 +164,7 @@ class Engine(ABC):
     def idle(self, model: nn.Module) -> None:
         """The result of a forward without a reverse pass."""
         device = next((p.device for p in model.parameters()), None)
-        self.result = Result(torch.zeros((), device=device))
+        self.set_result(Result(torch.zeros((), device=device)))
 
     def finish(self, run: Run) -> None:
         """Σ λ_m · loss_m of the forward that has just run."""
@@ -171,14 +176,14 @@ class Engine(ABC):
         factors = self._factors(run)
         weights = self._weights(factors, sums)
         if run.drawn is None:
-            self.result = Result(torch.dot(sums, weights), sums.detach(), factors, weights, run.reports)
+            self.set_result(Result(torch.dot(sums, weights), sums.detach(), factors, weights, run.reports))
             return
         drawn, blocks = run.drawn, run.blocks
         chosen = [drawn.chooses(m) for m in range(count)]
         factors = [f * blocks.get(m, 1) for m, f in enumerate(factors)]
         times = [drawn.groups * blocks.get(m, 1) if chosen[m] else 0 for m in range(count)]
         weights = weights * torch.tensor(times, dtype=weights.dtype, device=weights.device)
-        self.result = Result(torch.dot(sums, weights), sums.detach(), factors, weights, run.reports, chosen)
+        self.set_result(Result(torch.dot(sums, weights), sums.detach(), factors, weights, run.reports, chosen))
 
     def _factors(self, run: Run) -> list[float]:
         """What turns Σ(·)² into the loss of every compared layer."""

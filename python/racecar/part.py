@@ -53,13 +53,12 @@ class PartEngine(Engine):
         super().__init__(model, plan, settings)
 
     @property
-    def result(self) -> Result | None:
+    def result(self) -> Result | None:  # type: ignore[override]
         """Of the part's last forward."""
         return self.inner.result
 
-    @result.setter
-    def result(self, value: Result | None) -> None:
-        self.inner.result = value
+    def set_result(self, value: Result | None) -> None:
+        self.inner.set_result(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)

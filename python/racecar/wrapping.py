@@ -124,7 +124,7 @@ class Reversible(nn.Module):
         return self._forward(engine, args, kwargs)
 
     def _forward(self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        engine.result = None  # lets go of the last forward's graph before a new one is built
+        engine.set_result(None)  # lets go of the last forward's graph before a new one is built
         if not engine.active(self):
             engine.idle(self)
             return super().forward(*args, **kwargs)

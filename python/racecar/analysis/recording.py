@@ -41,7 +41,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for engine, result in results:
-            engine.result = result
+            engine.set_result(result)
         for module, training in modes.items():
             module.training = training
 
