@@ -22,7 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    traced = set()
     for item in items:
+        if "interpreted" in getattr(item, "fixturenames", ()):
+            # coverage doubles the time of Triton's interpreter: it traces the first case of every test alone
+            test = item.path, getattr(item, "originalname", item.name)
+            if test in traced:
+                item.add_marker(pytest.mark.no_cover)
+            traced.add(test)
         if torch.cuda.is_available() and "interpreted" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)  # there the kernels are compiled, and really tested
         elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
