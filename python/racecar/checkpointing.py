@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 if TYPE_CHECKING:
     from .engine import Engine
 
+_REENTRANT_FORWARD = CheckpointFunction.forward
 _REENTRANT = (
     "reverse_loss has no gradient under a reentrant activation checkpoint, which runs the forward without a graph "
     "first; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
 )
+
+
+_INSIDE = (
+    "an activation checkpoint inside the model runs layer {name!r}, whose reverse would be lost when its forward runs "
+    "again; put the checkpoint around the wrapped model, or use memory='recompute'"
+)
+
+
+class Surroundings(NamedTuple):
+    """Whether a forward began with gradients, and what keeps the tensors that it saves."""
+
+    grad: bool = False
+    hook: Any = None
+
+    def check(self, name: str) -> None:
+        """Raises RuntimeError where layer `name` runs in a checkpoint that began inside this forward."""
+        if self.grad and not torch.is_grad_enabled() and _in_reentrant():
+            raise RuntimeError(_INSIDE.format(name=name))
+        hook = _saving()
+        if hook is not self.hook and getattr(hook, "__qualname__", "").startswith("_checkpoint_hook."):
+            raise RuntimeError(_INSIDE.format(name=name))
+
+
+def surroundings() -> Surroundings:
+    """As they are now; torch.compile has no such hooks, and checkpoints inside its graphs run again as a whole."""
+    return Surroundings() if torch.compiler.is_compiling() else Surroundings(torch.is_grad_enabled(), _saving())
+
+
+def _saving() -> Any:
+    """What tensors go through now that are saved for the backward; None: nothing."""
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks else None
+
+
+def _in_reentrant() -> bool:
+    """Whether a reentrant checkpoint is running its function; any other block without gradients is the user's."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _REENTRANT_FORWARD.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def runs_again() -> bool:

@@ -67,6 +67,7 @@ class Engine(ABC):
         self._kept_factors: dict[tuple[Any, ...], Tensor] = {}
         self.sampler = None if settings.sample is None else Sampler(settings.sample, settings.layers)
         self.run: Run | None = None
+        self.training: bool | None = None  # the mode of the model around this part, in the forward to come
 
     def set_result(self, value: Result | None) -> None:
         """A method, since torch.compile in PyTorch 2.11 writes past the setter of a property."""
@@ -126,7 +127,8 @@ class Engine(ABC):
 
     def active(self, model: nn.Module) -> bool:
         """Nothing is computed in eval mode or while every λ is 0."""
-        return model.training and self.positive
+        training, self.training = self.training, None
+        return self.positive and (model.training if training is None else training)
 
     @contextmanager
     def recording(self, *, reconstruct: bool = False) -> Iterator[Run]:

@@ -67,6 +67,11 @@ class PartEngine(Engine):
         self.lam, self.positive = lam, any(lam)
         self.inner.set_lam(lam)
 
+    def active(self, model: nn.Module) -> bool:
+        """As any model's; the part, which may be in another mode, does as the model does."""
+        self.inner.training = model.training
+        return super().active(model)
+
     def attach(self) -> None:
         """Nothing to do: the part has its own hooks."""
 

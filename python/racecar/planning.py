@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from . import graph
+from .graph.network import Network
 from .plan import Plan, is_chain, plan_chain
 
 
@@ -18,14 +21,40 @@ def plan_of(model: nn.Module, example: Any) -> Plan:
             return plan
     if example is not None:
         args = example if isinstance(example, tuple) else () if isinstance(example, dict) else (example,)
-        return graph.plan_network(graph.record(model, args, example if isinstance(example, dict) else {}), model)
+        return graph.plan_network(_recorded(model, args, example if isinstance(example, dict) else {}), model)
     try:
-        return graph.plan_network(graph.trace(model), model)
+        with _as_trained(model):
+            network = graph.trace(model)
+        return graph.plan_network(network, model)
     except graph.TraceError as error:
         raise ValueError(
             f"the forward of {type(model).__name__} cannot be followed without running it ({error}); give wrap an "
             "input to run it on once: racecar.wrap(model, lam, example=x)"
         ) from error
+
+
+def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Network:
+    """The forward as it will train; in eval mode where it does not run so, a batch norm over a single number say."""
+    if not model.training:
+        try:
+            with _as_trained(model):
+                return graph.record(model, args, kwargs)
+        except Exception:  # the model's own code; what it says in its own mode is raised
+            pass
+    return graph.record(model, args, kwargs)
+
+
+@contextmanager
+def _as_trained(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode is planned in training mode, in which alone the reverse pass runs."""
+    modes = [] if model.training else [(module, module.training) for module in model.modules()]
+    if modes:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def choose_variant(variant: str, memory: str, plan: Plan) -> str:

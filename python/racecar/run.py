@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .sampling import Drawn
+
+
+def current_thread() -> int:
+    """A number of its own; 0 while torch.compile traces, which does so in one."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class Report(Protocol):
@@ -35,7 +42,7 @@ class Run:
 
     `shapes`: of d_1 .. d_{n+1}, where they matter and nobody saw them; `sizes`: numbers of elements, where `targets`
     holds parts; `found`: by layer, what its local reverse gave. `drawn`: which layers and what part of the batch are
-    reversed, `blocks`: of how many parts, by layer.
+    reversed, `blocks`: of how many parts, by layer. `thread`: in which it runs; 0 under torch.compile.
     """
 
     reconstruct: bool = False
@@ -50,6 +57,7 @@ class Run:
     sizes: list[int] = field(default_factory=list)
     drawn: Drawn | None = None
     blocks: dict[int, int] = field(default_factory=dict)
+    thread: int = field(default_factory=current_thread)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from .hooks import ChainEngine
 from .part import PartEngine, chain_inside
 from .plan import Plan, plan_chain
 from .planning import choose_variant, plan_of
+from .run import current_thread
 from .sampling import Sample
 from .undisturbed import undisturbed
 from .weights import Lam, parse_lam
@@ -27,6 +28,10 @@ NORMS = ("batch", "running")
 _FACE = ("lam", "reverse_loss", "reverse_losses", "reconstruct", "plan", "unwrap")
 _KEY = "_racecar_engine"
 _BEFORE = "reverse_loss belongs to a forward pass; call the model first"
+_TWO_THREADS = (
+    "this wrapped model is running in another thread; give every thread its own copy.deepcopy of it, or use "
+    "DistributedDataParallel, which has a process for each, in place of DataParallel"
+)
 _NOT_WRAPPED = "this is a part of a wrapped model, and not wrapped itself; call racecar.wrap on it"
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -117,6 +122,8 @@ class Reversible(nn.Module):
         if engine is None:  # a slice of a wrapped nn.Sequential is made of its class, but not wrapped
             return super().forward(*args, **kwargs)
         if engine.run is not None:  # the model around this part records what runs through it
+            if engine.run.thread != current_thread():
+                raise RuntimeError(_TWO_THREADS)
             return super().forward(*args, **kwargs)
         if checkpointing.runs_again():
             with checkpointing.first_result_kept(engine):

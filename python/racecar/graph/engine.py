@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 import racecar_kernels as rk
 from racecar_kernels import Activation, Norm, describe
 
-from .. import sharding
+from .. import checkpointing, sharding
 from ..engine import Engine, Operands, Settings, check_received, version_of
 from ..hooks import take_off
 from ..plan import Plan
@@ -28,11 +28,13 @@ class GraphRun(Run):
     """One forward under way: by layer, what was seen of it.
 
     `watched`: layer, 0 for d or 1 for y, the tensor, and its version; of layers that run for the first time.
+    `outside`: under what the forward began.
     """
 
     seen: dict[int, Seen] = field(default_factory=dict)
     watch: Watch | None = None
     watched: list[tuple[int, int, Tensor, int]] = field(default_factory=list)
+    outside: checkpointing.Surroundings = field(default_factory=checkpointing.surroundings)
 
 
 class GraphEngine(Engine):
@@ -116,6 +118,8 @@ class GraphEngine(Engine):
     def entered(self, m: int, d: Tensor, seen: Seen, run: GraphRun) -> None:
         """Layer m has received d."""
         layer = self.layer(m)
+        if not torch.compiler.is_compiling():
+            run.outside.check(layer.name)
         if layer.first:
             check_received(layer.name, describe.tied_of(layer.op).dims, d, seen.weight)
         copied, _ = self._copies(m)

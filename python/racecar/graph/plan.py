@@ -33,7 +33,10 @@ class GraphLayer(PlannedLayer):
         use: which of the weight's uses this is, 0 the first.
         back: families of the calls from d to the operation.
         made: families of the calls that made d, back to where the reverse stops.
-        ahead: number of calls from the operation to y.
+        onward: families of the calls from the operation to y.
+        further: whether other norms and activations may stand in front of those that made d: there is one that cannot
+            be undone, or an operation on several tensors, an addition say, which some forward may leave out.
+        goes_on: likewise of what reads y.
         hidden: the result is inside a recurrent cell, and computed again for the reverse.
         first: it receives the model's input.
     """
@@ -43,9 +46,16 @@ class GraphLayer(PlannedLayer):
     use: int = 0
     back: tuple[Family, ...] = ()
     made: tuple[Family, ...] = ()
-    ahead: int = 0
+    onward: tuple[Family, ...] = ()
+    further: bool = False
+    goes_on: bool = False
     hidden: bool = False
     first: bool = False
+
+    @property
+    def ahead(self) -> int:
+        """Number of calls from the operation to y."""
+        return len(self.onward)
 
     def weight(self) -> Any:
         """The weight as it is now."""
@@ -120,7 +130,7 @@ def _layer(network: Network, place: int, name: str, use: int) -> GraphLayer:
     d, pre = _back(network, place, call, tied.dims)
     latent_from, latent = _made(network, d)
     _check_sizes([network.calls[i] for i in latent], any(network.calls[i].family is Family.PRE for i in pre))
-    y, ahead = _ahead(network, place)
+    y, onward = _ahead(network, place)
     return GraphLayer(
         name=name,
         d=d,
@@ -133,10 +143,17 @@ def _layer(network: Network, place: int, name: str, use: int) -> GraphLayer:
         use=use,
         back=tuple(network.calls[i].family for i in pre),
         made=() if latent_from == Network.INPUT else tuple(network.calls[i].family for i in latent),
-        ahead=ahead,
+        onward=onward,
+        further=latent_from != Network.INPUT and _is_open(network.calls[latent_from]),
+        goes_on=any(r != Network.OUTPUT and _is_open(network.calls[r]) for r in network.calls[y].consumers),
         hidden=call.hidden,
         first=latent_from == Network.INPUT,
     )
+
+
+def _is_open(call: Call) -> bool:
+    """Whether norms and activations on its other side may join those on this side: it is one, or may be left out."""
+    return call.family is Family.LATENT or (call.family is Family.OTHER and len(call.inputs) > 1)
 
 
 def _modules(network: Network, places: list[int]) -> Iterator[nn.Module]:
@@ -198,17 +215,20 @@ def _is_latent(call: Call) -> bool:
     return True
 
 
-def _ahead(network: Network, place: int) -> tuple[int, int]:
-    """Place of y, and how many calls it is away."""
-    at, y, ahead, steps = place, place, 0, 0
+def _ahead(network: Network, place: int) -> tuple[int, tuple[Family, ...]]:
+    """Place of y, and the families of the calls on the way to it."""
+    at, y = place, place
+    steps: list[Family] = []
+    onward: tuple[Family, ...] = ()
     while len(network.calls[at].consumers) == 1:
         reader = network.calls[at].consumers[0]
         if reader == Network.OUTPUT or network.calls[reader].inputs[0] != at or not _is_latent(network.calls[reader]):
             break
-        at, steps = reader, steps + 1
+        at = reader
+        steps.append(network.calls[at].family)
         if network.calls[at].family is Family.LATENT:  # a dropout belongs to what follows it
-            y, ahead = at, steps
-    return y, ahead
+            y, onward = at, tuple(steps)
+    return y, onward
 
 
 def _check_sizes(latent: list[Call], resized: bool) -> None:

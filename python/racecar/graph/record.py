@@ -34,11 +34,20 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     finally:
         for handle in handles:
             handle.remove()
-    for leaf in tree_leaves(result):
+    for leaf in _leaves(result):
         place = mode.place_of(leaf)
         if place is not None:
             mode.network.consumers(place).append(Network.OUTPUT)
     return mode.network
+
+
+def _leaves(result: object, depth: int = 3) -> Iterator[object]:
+    """Of what a forward returned, also inside objects that PyTorch's trees do not know."""
+    for leaf in tree_leaves(result):
+        yield leaf
+        own = {} if isinstance(leaf, (Tensor, nn.Module)) else getattr(leaf, "__dict__", {})
+        if own and depth:
+            yield from _leaves(dict(own), depth - 1)
 
 
 def _run(model: nn.Module, mode: _Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

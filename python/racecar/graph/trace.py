@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from racecar_kernels import describe
 
-from ..undisturbed import undisturbed
+from ..undisturbed import attributes_kept, undisturbed
 from . import calls
 from .calls import Family
 from .network import NO_PARAMETER, NOT_OF_THE_INPUT, Call, Network
@@ -29,7 +29,10 @@ class TraceError(ValueError):
 def trace(model: nn.Module) -> Network:
     """The calls of the model's forward, whatever its input. Raises TraceError."""
     try:
-        with undisturbed(model):  # what does not depend on the input runs while it is traced: counters, random numbers
+        with (
+            attributes_kept(model),
+            undisturbed(model),
+        ):  # what does not depend on the input runs while it is traced: counters, random numbers
             graph = fx.Tracer().trace(model, concrete_args=_defaults(model))
     except Exception as error:  # the model's own code runs on stand-ins, and may fail in any way
         raise TraceError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error

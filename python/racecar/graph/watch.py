@@ -46,12 +46,18 @@ class Seen(NamedTuple):
 
 
 class Trail(NamedTuple):
-    """Where a tensor came from: the calls since the last other operation; and the layer whose y it leads to, in how
-    many calls."""
+    """Where a tensor came from.
+
+    `steps`: the calls since the last other operation. `layer`, `ahead`: the layer whose y it leads to, in how many
+    calls. `behind`: the layer whose y it is. `handed_on`: an operation of no family gave the tensor itself back, as
+    `contiguous` may, so that its steps may or may not be what was planned.
+    """
 
     steps: tuple[Step, ...] = ()
     layer: int = -1
     ahead: int = 0
+    behind: int = -1
+    handed_on: bool = False
 
 
 _NEW = Trail()
@@ -156,6 +162,8 @@ class Watch(CallMode):
             result = func(*args, **kwargs)
             if self._by_memory:
                 self.trails.forget(result, args if not calls.works_in_place(func, kwargs) else ())
+            elif args and isinstance(args[0], Tensor):
+                self._other(func, args[0], kwargs, result)
             return result
         if family is Family.TIED:
             return self._tied(func, args, kwargs)
@@ -168,7 +176,27 @@ class Watch(CallMode):
             return result
         if family is Family.LATENT:
             return self._went_on(self._latent(trail, func, args, kwargs), result)
-        return self._went_on(Trail((*trail.steps, Step(family, x)), trail.layer, trail.ahead - 1), result)
+        layer, ahead = self._on_the_way(trail, family)
+        behind = trail.behind if family is Family.SILENT else -1
+        steps = (*trail.steps, Step(family, x))
+        return self._went_on(Trail(steps, layer, ahead, behind, trail.handed_on), result)
+
+    def _other(self, func: Any, x: Tensor, kwargs: dict[str, Any], result: Any) -> None:
+        """A call of no family has read x: what it wrote there, or gave back as it is, did not come the same way."""
+        trail = self.trails.of(x)
+        if trail == _NEW:
+            return
+        if calls.works_in_place(func, kwargs):
+            self.trails.set(x, _NEW)
+        elif result is x:
+            self.trails.set(x, Trail(trail.steps, handed_on=True))
+
+    def _on_the_way(self, trail: Trail, family: Family) -> tuple[int, int]:
+        """The layer to whose y a call of this family leads from here, and in how many calls; -1, 0: to none."""
+        if trail.layer < 0:
+            return -1, 0
+        onward = self.engine.layer(trail.layer).onward
+        return (trail.layer, trail.ahead - 1) if onward[len(onward) - trail.ahead] is family else (-1, 0)
 
     def unseen(self, x: Tensor, result: Tensor) -> Tensor:
         """What a call would have given that torch.compile does not hand to a mode, `UNSEEN` has which."""
@@ -178,11 +206,16 @@ class Watch(CallMode):
         """Remembers where a result came from, and runs the reverse of the layer whose y it is."""
         if trail.layer >= 0 and trail.ahead == 0:
             result = self.engine.left(trail.layer, result, self.run)
-            trail = Trail(trail.steps)
+            trail = Trail(trail.steps, behind=self._ends(trail.layer))
         self.trails.set(result, trail)
         return result
 
     def _latent(self, trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail:
+        if trail.behind >= 0:
+            name = self.engine.layer(trail.behind).name
+            raise RuntimeError(
+                f"a norm or activation follows layer {name!r} that was not there when the model was planned; {remedy()}"
+            )
         tensors: tuple[Any, ...] = ()
         training = True
         if func in calls.NORMS:
@@ -196,7 +229,8 @@ class Watch(CallMode):
         before = [Step(s.family, None, s.tensors, s.training) for s in trail.steps]
         if any(s.family is not Family.LATENT and s.family is not Family.SILENT for s in before):
             before = []
-        return Trail((*before, Step(Family.LATENT, None, tensors, training)), trail.layer, trail.ahead - 1)
+        layer, ahead = self._on_the_way(trail, Family.LATENT)
+        return Trail((*before, Step(Family.LATENT, None, tensors, training)), layer, ahead, -1, trail.handed_on)
 
     def _tied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, weight, bias = calls.tied_tensors(args, kwargs)
@@ -210,10 +244,14 @@ class Watch(CallMode):
         result = func(*args, **kwargs)
         if layer.ahead == 0:
             result = self.engine.left(m, result, self.run)
-            self.trails.set(result, _NEW)
+            self.trails.set(result, Trail(behind=self._ends(m)))
         else:
             self.trails.set(result, Trail((), m, layer.ahead))
         return result
+
+    def _ends(self, m: int) -> int:
+        """m where no norm or activation reads the y of layer m. By memory that is not known: it is used again."""
+        return -1 if self._by_memory or self.engine.layer(m).goes_on else m
 
     def _inside(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """A linear layer in a recurrent cell, whose result nobody sees: it is computed again."""
@@ -236,10 +274,13 @@ class Watch(CallMode):
         return -1
 
     def _enter(self, m: int, layer: GraphLayer, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        steps = self.trails.of(x).steps
+        trail = self.trails.of(x)
+        steps = trail.steps
         back, made = len(layer.back), len(layer.made)
         way = [s.family for s in steps[len(steps) - back - made :]]
-        if len(steps) < back + made or way != [*layer.made, *layer.back]:
+        beyond = [s.family for s in steps[: max(0, len(steps) - back - made)] if s.family is not Family.SILENT]
+        more = bool(beyond) and beyond[-1] is Family.LATENT and not (layer.first or layer.further or trail.handed_on)
+        if len(steps) < back + made or way != [*layer.made, *layer.back] or more:
             raise RuntimeError(
                 f"what leads to layer {layer.name!r} is not what it was when the model was planned "
                 f"({_words([*layer.made, *layer.back])} then, {_words([s.family for s in steps])} now); "
@@ -258,7 +299,10 @@ def remedy() -> str:
             "torch.compile does not show calls of F.hardswish and F.hardsigmoid: use nn.Hardswish and nn.Hardsigmoid; "
             "or unwrap and wrap again after changing the model"
         )
-    return "unwrap and wrap again after changing the model"
+    return (
+        "unwrap and wrap again after changing the model; where hooks take part in its forward, with example=x, which "
+        "runs them"
+    )
 
 
 def _words(families: list[Family]) -> str:
