@@ -242,3 +242,31 @@ def test_the_mode_of_a_part_is_the_models() -> None:
     assert wrapped.reverse_loss == 0
     net.features(x)  # by itself, in its own mode
     assert wrapped.reverse_loss > 0
+
+
+class OldNorms(nn.Module):
+    def __init__(self, norm) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(4, 5).double(), norm(nn.Linear(5, 3).double())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x) + 1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["traced", "run"])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_the_older_norms_compute(norm, how: str) -> None:
+    """`torch.nn.utils.weight_norm` and `spectral_norm` set the weight by a hook before every forward."""
+    net, x = OldNorms(norm), torch.randn(2, 4, dtype=torch.float64)
+    wrapped = racecar.wrap(net, 1.0, variant="local", example=x if how == "run" else None)
+    wrapped(x)
+    d = net.one(x) + 1
+    want = 0.5 * (d - (d @ net.two.weight.T) @ net.two.weight).square().sum()
+    torch.testing.assert_close(wrapped.reverse_losses["two"], want.detach())
+    wrapped.lam = [0.0, 1.0]
+    wrapped(x)
+    wrapped.reverse_loss.backward()
+    own = net.two.weight_g if norm is nn.utils.weight_norm else net.two.weight_orig
+    assert own.grad.abs().sum() > 0

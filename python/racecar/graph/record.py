@@ -66,6 +66,8 @@ class Owners:
             for attribute, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in self.known:
                     self.known[id(parameter)] = (_name(path, attribute, own), module, attribute)
+            if describe.is_a(module, describe.TIED) and "weight" in module.__dict__:  # hooks of the older norms set it
+                self.parametrised.append((path or "weight", module, "weight"))
             if "parametrizations" in module._modules:
                 for attribute in module.parametrizations:
                     self.parametrised.append((_name(path, attribute, own), module, attribute))
