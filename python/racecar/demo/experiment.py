@@ -16,13 +16,14 @@ import torch
 import racecar
 
 from ..data import ImageData, load_images
+from ..experiments.folder import SettingsError, locked, prepare
 from .contestants import chosen
 from .costs import measure_costs
 from .examine import examine
-from .folder import RUNS, begin, end, locked, prepare
+from .folder import RUNS, begin, end
 from .jobs import Job, Workplace
 from .results import PHASES, Pictures, Results, save_results
-from .settings import Settings, SettingsError
+from .settings import Settings
 from .tasks import fingerprint, tasks_of
 from .workers import run_jobs
 
@@ -79,8 +80,8 @@ def run_demo(
     listener = listener or Listener()
     device_of(settings.accelerator)
     chosen(settings.models)
-    prepare(out)
-    with locked(out):
+    prepare(out, RUNS)
+    with locked(out, "demo"):
         return run_locked(settings, out, command=command, resume=resume, overwrite=overwrite, listener=listener)
 
 
