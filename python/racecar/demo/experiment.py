@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import racecar
 
 from ..data import ImageData, load_images
 from ..experiments.folder import SettingsError, locked, prepare
+from ..experiments.threads import cpu_threads
 from .contestants import chosen
 from .costs import measure_costs
 from .examine import examine
@@ -171,17 +171,6 @@ def size_note(data: ImageData) -> str:
         f"Large images: {height}×{width} is {height * width / MAX_SIDE**2:.0f} times the work of "
         f"{MAX_SIDE}×{MAX_SIDE} in every step; blurring them comes first."
     )
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """PyTorch's number of CPU threads inside; what it was afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def device_of(accelerator: str) -> torch.device:
