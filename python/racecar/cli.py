@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .recipes.command import app as recipes
+
 app = typer.Typer(
     name="racecar",
     help="Pretrain networks together with their own reverse pass (racecar training).",
@@ -19,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+
+
+app.add_typer(recipes, name="run")
 
 
 @app.callback()
