@@ -196,7 +196,7 @@ class RunFolder:
             return torch.load(path, weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise SettingsError(
-                f"{path} is damaged or of another version ({str(error).splitlines()[0]}); begin anew with --overwrite"
+                f"{path} is damaged or of another version ({(str(error) or type(error).__name__).splitlines()[0]}); begin anew with --overwrite"
             ) from error
 
     def _write(self, state: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ class Settings:
     input_tanh: bool = True
     signed: bool = False
     ordered: bool = True
-    twice: bool = True
+    twice: bool = False
     validate: bool = False
     threads: int = 1
     save_every_s: float = 10.0

@@ -97,9 +97,8 @@ def generated_patterns() -> Patterns:
     4096 of them.
     """
     x = (np.arange(2**POINTS)[:, None] >> np.arange(POINTS)[::-1]) & 1
-    f = np.round(
-        sum(amplitude(x, icosahedron()[list(CORNERS)], degree) for degree in DEGREES), 9
-    )  # symmetric patterns: equal values
+    points = icosahedron()[list(CORNERS)]
+    f = np.round(sum(amplitude(x, points, degree) for degree in DEGREES), 9)  # equal where patterns are symmetric
     values = np.unique(f)
     above = np.array([(f > value).mean() for value in values])
     y = f > values[np.abs(above - 0.5).argmin()]
