@@ -23,6 +23,7 @@ from ..bench.machine import facts
 from ..experiments.folder import SettingsError, locked
 from ..experiments.threads import cpu_threads
 from .folder import RunFolder, stop_asked
+from .listener import Listener
 from .mi_results import PAPER, gather, write_results
 from .patterns import Patterns, load_patterns
 from .stacked import Decoders, Stack, autoencoder_loss, perceptron, reconstructed, reverse_losses, states
@@ -76,20 +77,6 @@ class Settings:
         for name in ("seeds", "epochs", "transfer_epochs", "batch_size", "threads"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Listener:
-    """How a run tells what it does; every function may do nothing.
-
-    Attributes:
-        plan: the number of epochs to come, and of those that a resumed run has behind it.
-        stage: what is being done now. advance: so many epochs are done.
-    """
-
-    plan: Callable[[int, int], None] = lambda epochs, done: None
-    stage: Callable[[str], None] = lambda words: None
-    advance: Callable[[int], None] = lambda epochs: None
 
 
 @dataclass(frozen=True)

@@ -66,5 +66,21 @@ RECIPES = {
                 "quick": {"seeds": 2, "epochs": 30, "transfer_epochs": 20},
             },
         ),
+        Recipe(
+            name="peak",
+            shows="Whether a first layer's singular vectors are what two classes of peaks look like.",
+            paper="Xie & Thuerey 2020, section 3, and the authors' published example",
+            data="A folder with 0.png to 54.png in 0 and in 1, 28×28. \\[default: generated peaks among scribbles]",
+            module="peak",
+            presets={"paper": {"epochs": 5000, "lam": 1e-6}, "quick": {"seeds": 1, "epochs": 100, "lam": 1e-6}},
+        ),
+        Recipe(
+            name="mnist-svd",
+            shows="Whether two digits lie in the span of a layer's singular vectors.",
+            paper="Xie & Thuerey 2020, section 3, and the authors' published example",
+            data="The official MNIST files, or other square grey images. \\[default: scikit-learn's digits, 8×8]",
+            module="mnist_svd",
+            presets={"paper": {}, "once": {"twice": False}, "quick": {"seeds": 2, "epochs": 100}},
+        ),
     )
 }

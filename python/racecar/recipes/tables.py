@@ -13,6 +13,7 @@ def comparison(
     here: Mapping[str, Mapping[str, Sequence[float]]],
     tasks: Sequence[str],
     digits: int = 3,
+    reference: str = "paper",
 ) -> str:
     """A row for every model, and for every task what the paper has and what was found: mean ± standard deviation.
 
@@ -24,9 +25,10 @@ def comparison(
         here: model -> task -> one value for every seed; without a task: –.
         tasks: columns.
         digits: behind the point.
+        reference: what the paper's columns are called.
     """
     base = next(iter(here))
-    head = ["model", *(f"{task} {where}" for task in tasks for where in ("paper", "here", f"− {base} (p)"))]
+    head = ["model", *(f"{task} {where}" for task in tasks for where in (reference, "here", f"− {base} (p)"))]
     against = {
         task: paired_differences({name: dict(enumerate(own.get(task, ()))) for name, own in here.items()})
         for task in tasks
