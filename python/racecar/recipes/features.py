@@ -296,9 +296,9 @@ def table_page(problem: Problem, settings: Settings, content: Mapping[str, Any])
             comparison(problem.paper, columns_of(runs, settings.seeds), COLUMNS, digits=2, reference="published"),
             "",
             "Published: what the authors' code gives. Here: mean ± standard deviation over the seeds; differences "
-            "paired over the seeds, p of a t-test after Holm's correction. Cosine: its size, between a class (the mean of "
-            f"its images) and the nearest of the first {VECTORS} right singular vectors of the first layer. In the span: length of the "
-            "projection of a class of length 1 onto these vectors, the lesser one of the two classes.",
+            "paired over the seeds, p of a t-test after Holm's correction. Cosine: its size, between a class (the mean "
+            f"of its images) and the nearest of the first {VECTORS} right singular vectors of the first layer. In the "
+            "span: length of a class's projection onto these vectors, were it 1 long; the lesser of the two classes.",
             "",
             perceptual_line(runs, settings.seeds, content["no LPIPS"]),
             f"- {settings.epochs} steps with all images; test accuracy: {', '.join(tested)}",
