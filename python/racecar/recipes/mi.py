@@ -273,7 +273,9 @@ class Experiment:
         found = accuracies(stack, self.data.test, labels)
         self.state["curves"].setdefault(stage, []).append([epoch, found.tolist()])
         if stage == "phase I" or epoch in (0, epochs):
-            rows = [plane_row(stack, row, self.data) for row in range(len(stack))]
+            count = len(PRETRAINED) * self.settings.seeds  # AB begins where AA does; from scratch has no plane
+            shown = len(stack) if stage == "phase I" else 2 * count if epoch else count
+            rows = [plane_row(stack, row, self.data) for row in range(shown)]
             self.state["planes"].setdefault(stage, []).append([epoch, rows])
 
 

@@ -24,14 +24,25 @@ def perceptron(widths: Sequence[int], seed: int) -> nn.Sequential:
     them; biases 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
-        deviation = inputs**-0.5
+    network = uninitialised(widths)
+    for layer in linear_layers(network):
+        deviation = layer.in_features**-0.5
         nn.init.trunc_normal_(layer.weight, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator)
         nn.init.zeros_(layer.bias)
-        layers += [layer, nn.Tanh()]
+    return network
+
+
+def uninitialised(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers with tanh between them, and whatever was in memory as weights."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.utils.skip_init(nn.Linear, inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
+
+
+def linear_layers(network: nn.Sequential) -> list[nn.Linear]:
+    """Those of a perceptron, m = 1 first."""
+    return [module for module in network if isinstance(module, nn.Linear)]
 
 
 @dataclass
@@ -48,8 +59,7 @@ class Stack:
     @classmethod
     def of(cls, networks: Sequence[nn.Sequential]) -> Stack:
         """A copy of the networks' weights, as leaves that require gradients."""
-        linear = [[m for m in network if isinstance(m, nn.Linear)] for network in networks]
-        layers = list(zip(*linear, strict=True))
+        layers = list(zip(*map(linear_layers, networks), strict=True))
         return cls(
             [torch.stack([m.weight.detach() for m in layer]).requires_grad_() for layer in layers],
             [torch.stack([m.bias.detach() for m in layer])[..., None].requires_grad_() for layer in layers],
@@ -78,10 +88,9 @@ class Stack:
 
     def network(self, row: int) -> nn.Sequential:
         """One of them as a plain module."""
-        own = perceptron(self.widths, seed=0)
-        linear = [m for m in own if isinstance(m, nn.Linear)]
+        own = uninitialised(self.widths)
         with torch.no_grad():
-            for layer, weight, bias in zip(linear, self.weights, self.biases, strict=True):
+            for layer, weight, bias in zip(linear_layers(own), self.weights, self.biases, strict=True):
                 layer.weight.copy_(weight[row])
                 layer.bias.copy_(bias[row, :, 0])
         return own
