@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..analysis import MutualInformationPlane
@@ -288,7 +289,7 @@ def plane_row(stack: Stack, row: int, data: Split) -> list[list[float]]:
     """I(X; D) and I(D; Y) of D1 .. D7 of one network over all patterns, in bits: two lists."""
     plane = MutualInformationPlane(data.x, data.y)
     plane.record(stack.network(row), 0)
-    return [plane.result.about_x[0].tolist(), plane.result.about_y[0].tolist()]
+    return [np.round(about[0], 4).tolist() for about in (plane.result.about_x, plane.result.about_y)]
 
 
 def final_reverse_losses(experiment: Experiment) -> dict[str, list[float]]:
@@ -341,14 +342,15 @@ def run(
     with locked(folder.path, "run"), cpu_threads(settings.threads):
         experiment = Experiment(settings, split(patterns, settings))
         kept = folder.load()
-        experiment.state.update(kept or {"started": datetime.now().astimezone().isoformat(timespec="seconds")})
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        experiment.state.update({"started": now, "machine": facts(), **(kept or {})})
         experiment.run(folder, listener)
         content = {
             "recipe": "mi",
             "command": folder.command,
             "settings": asdict(settings),
             "data": f"{patterns.source}, {patterns.y.mean():.3f} of the labels 1",
-            "machine": facts(),
+            "machine": experiment.state["machine"],  # where the run began, and on which commit
             "started": experiment.state["started"],
             "seconds": experiment.state["seconds"],
             "paper": PAPER,

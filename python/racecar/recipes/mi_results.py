@@ -59,7 +59,8 @@ def write_results(content: dict[str, Any], folder: Path) -> None:
         content: ready for JSON; "accuracy", "planes", "command", "settings", "machine", "data" and "seconds" are read.
         folder: where to.
     """
-    replace_text(folder / RESULTS, json.dumps({"format": FORMAT, **content}, indent=1, ensure_ascii=False) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items()]
+    replace_text(folder / RESULTS, ",\n".join([f'{{"format": {FORMAT}', *lines]) + "}\n")
     replace_text(folder / TABLE, table_page(content))
     draw_planes(content["planes"]).savefig(folder / PLANES, dpi=110)
 

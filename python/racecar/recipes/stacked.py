@@ -147,17 +147,34 @@ def reverse_losses(d: Sequence[Tensor], back: Sequence[Tensor]) -> Tensor:
     return torch.stack([0.5 * (own - other).square().sum((1, 2)) for own, other in pairs], 1)
 
 
+class _HalfSquares(torch.autograd.Function):
+    """½ Σ_m λ_m |d_m − d'_m|², with the gradient written down: one pass over each residual instead of four."""
+
+    @staticmethod
+    def forward(ctx: Any, lam: Tensor, *states_and_back: Tensor) -> Tensor:
+        half = len(states_and_back) // 2
+        residuals = [own - other for own, other in zip(states_and_back[:half], states_and_back[half:], strict=True)]
+        ctx.save_for_backward(lam, *residuals)
+        squares = torch.stack([torch.linalg.vector_norm(r, dim=(1, 2)) for r in residuals], 1).square()
+        return (0.5 * lam * squares).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lam, *residuals = ctx.saved_tensors
+        scale = (lam * grad[:, None])[..., None, None]
+        grads = [r * scale[:, m] for m, r in enumerate(residuals)]
+        return (None, *grads, *(-g for g in grads))
+
+
 def weighted_reverse(d: Sequence[Tensor], back: Sequence[Tensor], lam: Tensor) -> Tensor:
-    """Σ_m λ_m · ½ Σ (d_m − d'_m)², of every network: (N,). Fewer, larger operations than `reverse_losses` takes.
+    """Σ_m λ_m · ½ Σ (d_m − d'_m)², of every network: (N,).
 
     Args:
         d, back: of `states` and `reconstructed`.
         lam: λ of every network and layer, (N, n).
     """
-    sizes = torch.tensor([own.shape[1] for own in back], device=lam.device)
-    by_unit = (0.5 * lam).repeat_interleave(sizes, 1)
-    residual = torch.cat(list(d[: len(back)]), 1) - torch.cat(list(back), 1)
-    return (residual.square().sum(2) * by_unit).sum(1)
+    loss: Tensor = _HalfSquares.apply(lam, *d[: len(back)], *back)
+    return loss
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, twice: bool = False) -> Tensor:
