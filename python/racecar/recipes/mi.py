@@ -7,6 +7,7 @@ All seeds, kinds and tasks of a phase are one stack of networks (`stacked.py`).
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -343,7 +344,8 @@ def run(
         experiment = Experiment(settings, split(patterns, settings))
         kept = folder.load()
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        experiment.state.update({"started": now, "machine": facts(), **(kept or {})})
+        machine = json.loads(json.dumps(facts()))  # plain strings: a checkpoint is loaded with weights only
+        experiment.state.update({"started": now, "machine": machine, **(kept or {})})
         experiment.run(folder, listener)
         content = {
             "recipe": "mi",
