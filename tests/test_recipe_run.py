@@ -155,6 +155,16 @@ def test_other_settings_data_and_recipes_are_refused(tmp_path, finished):
         run(TINY, folder, resume=True)
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_what_is_needed_at_the_end_is_missed_at_the_beginning(tmp_path, monkeypatch, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = invoke("mi", "--quick", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1 and f"needs {package}, which is not installed: pip install" in plain(result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path, finished):
     _, whole = finished
     folder = RunFolder(tmp_path / "out", "mi")

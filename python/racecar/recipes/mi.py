@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..analysis import MutualInformationPlane
+from ..analysis.optional import optional
 from ..baselines import autoencoder_stages
 from ..bench.machine import facts
 from ..experiments.folder import SettingsError, locked
@@ -334,10 +335,13 @@ def run(
         What `results.json` holds.
 
     Raises:
-        DataError, SettingsError: bad input or a folder that holds something else, before anything is computed.
+        ModuleNotFoundError: matplotlib or SciPy is missing. DataError, SettingsError: bad input or a folder that holds
+            something else. All of them before anything is computed.
         OSError: the disk is full or gone. KeyboardInterrupt: Ctrl-C. The last checkpoint stays, for `resume`.
     """
     listener = listener or Listener()
+    for module in ("matplotlib.figure", "scipy.stats"):
+        optional(module, "the recipe")  # before an hour is spent, not after
     patterns = load_patterns(data)
     folder.begin(settings, data, patterns.fingerprint, command, resume=resume, overwrite=overwrite)
     with locked(folder.path, "run"), cpu_threads(settings.threads):
