@@ -96,15 +96,20 @@ class Stack:
         return own
 
 
-class _Tanh(torch.autograd.Function):
-    """tanh(x) = 2 σ(2x) − 1, which takes a third of the time of `torch.tanh` on a CPU.
+def _tanh_(x: Tensor) -> Tensor:
+    """tanh(x) = 2 σ(2x) − 1 in place, which takes a third of the time of `torch.tanh` on a CPU.
 
     Where tanh(x) is small its error is that of the 1, 6e-8, and not relative to it.
     """
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
+class _Tanh(torch.autograd.Function):
+    """The same with a gradient, out of place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = torch.mul(x, 2).sigmoid_().mul_(2).sub_(1)
+        out = _tanh_(x.clone())
         ctx.save_for_backward(out)
         return out
 
@@ -113,13 +118,48 @@ class _Tanh(torch.autograd.Function):
         return torch.ops.aten.tanh_backward(grad, *ctx.saved_tensors)
 
 
+class _Forward(torch.autograd.Function):
+    """d_2 .. d_{n+1}, with the gradient written down: a node less for every operation, and sums in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        d = [x]
+        for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+            d.append(torch.baddbmm(bias, weight, d[-1]))
+            if len(d) <= len(parameters) // 2:
+                _tanh_(d[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*parameters[::2], *d)
+        return tuple(d[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        layers = len(grads)
+        weights, d = ctx.saved_tensors[:layers], ctx.saved_tensors[layers:]
+        found: list[Tensor | None] = []
+        grad: Tensor | None = None  # of d_{m+1}, from above
+        for m in range(layers - 1, -1, -1):
+            own = grads[m]
+            if grad is None:
+                grad = None if own is None else own.clone()
+            elif own is not None:
+                grad += own
+            if grad is None:
+                found += [None, None]
+                continue
+            if m < layers - 1:
+                torch.ops.aten.tanh_backward.grad_input(grad, d[m + 1], grad_input=grad)
+            found += [grad.sum(2, keepdim=True), torch.bmm(grad, d[m].mT)]
+            grad = torch.bmm(weights[m].mT, grad) if m else None
+        return (None, *found[::-1])
+
+
 def states(stack: Stack, x: Tensor) -> list[Tensor]:
-    """d_1 .. d_{n+1}: what every layer receives, and the output, which has no tanh. x, and each: (N, width, batch)."""
-    d = [x]
-    for m, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True), 1):
-        own = torch.baddbmm(bias, weight, d[-1])
-        d.append(own if m == len(stack.weights) else _Tanh.apply(own))
-    return d
+    """d_1 .. d_{n+1}: what every layer receives, and the output, which has no tanh. x, and each: (N, width, batch).
+
+    Gradients reach the stack, not x.
+    """
+    return [x, *_Forward.apply(x, *stack.parameters)]
 
 
 def reconstructed(stack: Stack, d: Sequence[Tensor], *, full: bool, input_tanh: bool) -> list[Tensor]:
