@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from racecar.cli import app
 from racecar.experiments.folder import SettingsError, locked
 from racecar.recipes import RECIPES
+from racecar.recipes.command import without_folders
 from racecar.recipes.folder import RunFolder, stop_asked
 from racecar.recipes.mi import KINDS, PRETRAINED, Experiment, Listener, Settings, moments, run, split
 from racecar.recipes.mi_results import SCRATCH
@@ -227,6 +228,11 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, words, messag
     result = invoke("mi", *words)
     assert result.exit_code == 2 and message in plain(result.stderr) and "Traceback" not in result.output
     assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+def test_the_recorded_command_shows_no_folders():
+    words = ["run", "mi", "--data", "/home/me/var_u.mat", "--out", "results/mi", "--seeds", "2"]
+    assert [without_folders(word) for word in words] == [*words[:3], "var_u.mat", *words[4:]]
 
 
 def test_presets_are_settings():
