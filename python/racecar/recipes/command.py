@@ -125,6 +125,11 @@ def given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def without_folders(word: str) -> str:
+    """An absolute path's last name: results are shown to others. Other words stay."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def run(
     recipe: Recipe,
     out: Path,
@@ -157,7 +162,7 @@ def run(
             data = data or folder.data
         else:
             settings = recipe.settings(preset or next(iter(recipe.presets)), **options)
-        command = shlex.join(["racecar", *sys.argv[1:]])
+        command = shlex.join(["racecar", *map(without_folders, sys.argv[1:])])
         run_in_terminal(
             recipe, settings, folder, Console(), data=data, command=command, resume=resume, overwrite=overwrite
         )

@@ -10,10 +10,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import signal
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -179,8 +177,6 @@ class RunFolder:
         partial = self.path / (CHECKPOINT + ".partial")
         with partial.open("wb") as file:
             file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(partial, self.path / CHECKPOINT)
 
     def load(self) -> Any:
@@ -194,9 +190,10 @@ class RunFolder:
             return None
         try:
             return torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        except Exception as error:  # of a damaged file torch raises whatever the bytes lead it to
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise SettingsError(
-                f"{path} is damaged or of another version ({(str(error) or type(error).__name__).splitlines()[0]}); begin anew with --overwrite"
+                f"{path} is damaged or of another version ({why}); begin anew with --overwrite"
             ) from error
 
     def _write(self, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ All seeds, kinds and tasks of a phase are one stack of networks (`stacked.py`).
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..analysis import MutualInformationPlane
+from ..analysis.optional import optional
 from ..baselines import autoencoder_stages
 from ..bench.machine import facts
 from ..experiments.folder import SettingsError, locked
@@ -260,7 +263,9 @@ class Experiment:
         found = accuracies(stack, self.data.test, labels)
         self.state["curves"].setdefault(stage, []).append([epoch, found.tolist()])
         if stage == "phase I" or epoch in (0, epochs):
-            rows = [plane_row(stack, row, self.data) for row in range(len(stack))]
+            count = len(PRETRAINED) * self.settings.seeds  # AB begins where AA does; from scratch has no plane
+            shown = len(stack) if stage == "phase I" else 2 * count if epoch else count
+            rows = [plane_row(stack, row, self.data) for row in range(shown)]
             self.state["planes"].setdefault(stage, []).append([epoch, rows])
 
 
@@ -273,7 +278,7 @@ def plane_row(stack: Stack, row: int, data: Split) -> list[list[float]]:
     """I(X; D) and I(D; Y) of D1 .. D7 of one network over all patterns, in bits: two lists."""
     plane = MutualInformationPlane(data.x, data.y)
     plane.record(stack.network(row), 0)
-    return [plane.result.about_x[0].tolist(), plane.result.about_y[0].tolist()]
+    return [np.round(about[0], 4).tolist() for about in (plane.result.about_x, plane.result.about_y)]
 
 
 def final_reverse_losses(experiment: Experiment) -> dict[str, list[float]]:
@@ -317,23 +322,28 @@ def run(
         What `results.json` holds.
 
     Raises:
-        DataError, SettingsError: bad input or a folder that holds something else, before anything is computed.
+        ModuleNotFoundError: matplotlib or SciPy is missing. DataError, SettingsError: bad input or a folder that holds
+            something else. All of them before anything is computed.
         OSError: the disk is full or gone. KeyboardInterrupt: Ctrl-C. The last checkpoint stays, for `resume`.
     """
     listener = listener or Listener()
+    for module in ("matplotlib.figure", "scipy.stats"):
+        optional(module, "the recipe")  # before an hour is spent, not after
     patterns = load_patterns(data)
     folder.begin(settings, data, patterns.fingerprint, command, resume=resume, overwrite=overwrite)
     with locked(folder.path, "run"), cpu_threads(settings.threads):
         experiment = Experiment(settings, split(patterns, settings))
         kept = folder.load()
-        experiment.state.update(kept or {"started": datetime.now().astimezone().isoformat(timespec="seconds")})
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        machine = json.loads(json.dumps(facts()))  # plain strings: a checkpoint is loaded with weights only
+        experiment.state.update({"started": now, "machine": machine, **(kept or {})})
         experiment.run(folder, listener)
         content = {
             "recipe": "mi",
             "command": folder.command,
             "settings": asdict(settings),
             "data": f"{patterns.source}, {patterns.y.mean():.3f} of the labels 1",
-            "machine": facts(),
+            "machine": experiment.state["machine"],  # where the run began, and on which commit
             "started": experiment.state["started"],
             "seconds": experiment.state["seconds"],
             "paper": PAPER,

@@ -59,7 +59,8 @@ def write_results(content: dict[str, Any], folder: Path) -> None:
         content: ready for JSON; "accuracy", "planes", "command", "settings", "machine", "data" and "seconds" are read.
         folder: where to.
     """
-    replace_text(folder / RESULTS, json.dumps({"format": FORMAT, **content}, indent=1, ensure_ascii=False) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items()]
+    replace_text(folder / RESULTS, ",\n".join([f'{{"format": {FORMAT}', *lines]) + "}\n")
     replace_text(folder / TABLE, table_page(content))
     draw_planes(content["planes"]).savefig(folder / PLANES, dpi=110)
 
@@ -101,19 +102,19 @@ def draw_planes(planes: Mapping[str, Mapping[str, Any]]) -> Any:
     Returns:
         A figure: a column for every model; over phase I, and before and after AA and AB.
     """
-    figure = optional("matplotlib.figure", "drawing").Figure(figsize=(2.5 * len(planes), 6.6), layout="constrained")
+    figure = optional("matplotlib.figure", "drawing").Figure(figsize=(2.3 * len(planes) + 0.6, 6.6))
+    figure.subplots_adjust(left=0.075, right=0.99, bottom=0.07, top=0.95, wspace=0.06, hspace=0.08)
     grid = figure.subplots(3, len(planes), sharex=True, sharey=True, squeeze=False)
     for column, (name, own) in enumerate(planes.items()):
         over = own.get("A", [])
-        for i, (epoch, seeds) in enumerate(over):
-            shade = 0.15 + 0.85 * (i + 1) / len(over)
-            draw_layers(grid[0, column], np.mean(seeds, axis=0), ("#2166ac", shade), f"epoch {epoch}")
-        if not over and "before" in own:
-            draw_layers(grid[0, column], np.mean(own["before"], axis=0), ("#2166ac", 1.0), "end")
+        for i, (_, seeds) in enumerate(over[:-1]):
+            draw_layers(grid[0, column], np.mean(seeds, axis=0), "#2166ac", 0.1 + 0.5 * i / len(over))
+        if "before" in own:
+            draw_layers(grid[0, column], np.mean(own["before"], axis=0), "#2166ac", 1.0, numbers=True)
         for row, task in enumerate(("AA", "AB"), 1):
-            for what, colour in (("before", "#bbbbbb"), (task, "#b2182b")):
-                if what in own:
-                    draw_layers(grid[row, column], np.mean(own[what], axis=0), (colour, 1.0), what)
+            if task in own:
+                draw_layers(grid[row, column], np.mean(own["before"], axis=0), "#999999", 0.7)
+                draw_layers(grid[row, column], np.mean(own[task], axis=0), "#b2182b", 1.0, numbers=True)
         grid[0, column].set_title(name)
         grid[2, column].set_xlabel("I(X; D), bits")
     for row, title in enumerate(("phase I, darker: later", "AA (grey: before)", "AB (grey: before)")):
@@ -121,11 +122,12 @@ def draw_planes(planes: Mapping[str, Mapping[str, Any]]) -> Any:
     return figure
 
 
-def draw_layers(ax: Axes, place: NDArray[np.float64], colour: Any, label: str) -> None:
-    """D1 .. D7 of one moment, joined by a line and numbered: (2, layers)."""
-    ax.plot(place[0], place[1], color=colour, linewidth=0.8)
-    for layer, (x, y) in enumerate(place.T, 1):
-        ax.plot([x], [y], marker=f"${layer}$", color=colour, markersize=6, linestyle="", label=label)
+def draw_layers(ax: Axes, place: NDArray[np.float64], colour: str, strength: float, *, numbers: bool = False) -> None:
+    """D1 .. D7 of one moment, joined by a line: (2, layers)."""
+    ax.plot(place[0], place[1], color=colour, alpha=strength, linewidth=0.8, marker="o", markersize=3)
+    if numbers:
+        for layer, (x, y) in enumerate(place.T, 1):
+            ax.annotate(str(layer), (x, y), (0, 4), textcoords="offset points", ha="center", fontsize=7, color=colour)
 
 
 def gather(experiment: Any, *, kinds: Sequence[str], pretrained: Sequence[str]) -> dict[str, Any]:
