@@ -15,8 +15,9 @@ from racecar.demo.contestants import CONTESTANTS, chosen, fresh_network, small_c
 from racecar.demo.experiment import Listener, device_of, run_demo
 from racecar.demo.jobs import Job, Workplace
 from racecar.demo.results import PHASES, load_results
-from racecar.demo.settings import Settings, SettingsError
+from racecar.demo.settings import Settings
 from racecar.demo.tasks import fingerprint, labelled, part_of_each_class, tasks_of
+from racecar.experiments.folder import SettingsError
 from racecar.training import load_checkpoint
 
 # --- settings

@@ -16,10 +16,11 @@ from toys import halves, same_runs, tiny
 
 import racecar
 from racecar.demo.experiment import Listener, run_demo
-from racecar.demo.folder import locked, read_state, settings_to_resume
+from racecar.demo.folder import read_state, settings_to_resume
 from racecar.demo.results import load_results
-from racecar.demo.settings import Settings, SettingsError
+from racecar.demo.settings import Settings
 from racecar.demo.workers import WorkerDiedError
+from racecar.experiments.folder import SettingsError, locked
 
 
 def stop_at(name: str, error: BaseException):
@@ -111,7 +112,7 @@ def test_what_a_demo_did_not_make_is_never_removed(tmp_path):
 def test_a_second_demo_in_the_same_folder_is_refused(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    with locked(out), pytest.raises(SettingsError, match="a demo is running in"):
+    with locked(out, "demo"), pytest.raises(SettingsError, match="a demo is running in"):
         run_demo(tiny(tmp_path), out)
 
 

@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import ttest_rel
 
 from racecar.demo.results import Results, Run
-from racecar.demo.significance import differences, holm, paired, t_test
+from racecar.demo.significance import differences
+from racecar.experiments.significance import holm, t_test
 
 
 def results_of(**accuracies: dict[int, float | None]) -> Results:
@@ -79,7 +80,6 @@ def test_differences_are_to_the_first_model_and_corrected_for_all_others():
 
 def test_only_common_seeds_are_compared():
     results = results_of(Std={0: 0.9, 1: 0.91, 2: 0.95}, a={2: 0.96, 1: 0.93, 7: 0.5})
-    assert paired(results, "Std", "a", "A→B") == [(0.91, 0.93), (0.95, 0.96)]
     assert differences(results, "A→B")["a"].mean == pytest.approx(0.015)
 
 

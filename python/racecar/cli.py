@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .recipes.command import app as recipes
+
 app = typer.Typer(
     name="racecar",
     help="Pretrain networks together with their own reverse pass (racecar training).",
@@ -19,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+
+
+app.add_typer(recipes, name="run")
 
 
 @app.callback()
@@ -123,9 +128,10 @@ def demo(
     try:
         from .data import DataError
         from .demo.folder import settings_to_resume
-        from .demo.settings import Settings, SettingsError
+        from .demo.settings import Settings
         from .demo.terminal import run_in_terminal
         from .demo.workers import WorkerDiedError
+        from .experiments.folder import SettingsError
         from .training import CheckpointError, HistoryError, TrainingError
     except ModuleNotFoundError as error:
         fail(f"the demo needs {error.name}, which is not installed: pip install 'racecar-kernels[demo]'", code=1)

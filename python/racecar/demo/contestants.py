@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import racecar
 
 from ..baselines import srip
-from .settings import Settings, SettingsError
+from ..experiments.folder import SettingsError
+from .settings import Settings
 
 
 @dataclass(frozen=True)

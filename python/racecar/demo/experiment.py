@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,13 +15,15 @@ import torch
 import racecar
 
 from ..data import ImageData, load_images
+from ..experiments.folder import SettingsError, locked, prepare
+from ..experiments.threads import cpu_threads
 from .contestants import chosen
 from .costs import measure_costs
 from .examine import examine
-from .folder import RUNS, begin, end, locked, prepare
+from .folder import RUNS, begin, end
 from .jobs import Job, Workplace
 from .results import PHASES, Pictures, Results, save_results
-from .settings import Settings, SettingsError
+from .settings import Settings
 from .tasks import fingerprint, tasks_of
 from .workers import run_jobs
 
@@ -79,8 +80,8 @@ def run_demo(
     listener = listener or Listener()
     device_of(settings.accelerator)
     chosen(settings.models)
-    prepare(out)
-    with locked(out):
+    prepare(out, RUNS)
+    with locked(out, "demo"):
         return run_locked(settings, out, command=command, resume=resume, overwrite=overwrite, listener=listener)
 
 
@@ -170,17 +171,6 @@ def size_note(data: ImageData) -> str:
         f"Large images: {height}×{width} is {height * width / MAX_SIDE**2:.0f} times the work of "
         f"{MAX_SIDE}×{MAX_SIDE} in every step; blurring them comes first."
     )
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """PyTorch's number of CPU threads inside; what it was afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def device_of(accelerator: str) -> torch.device:

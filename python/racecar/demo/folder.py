@@ -7,19 +7,17 @@ results.json, pictures.npz, report.html, reconstructions.png     when it is
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import DIGITS
+from ..experiments.folder import SettingsError
 from ..training.history import replace_text
-from .settings import Settings, SettingsError
+from .settings import Settings
 
 RUNS, STATE = "runs", "demo.json"
 FINISHED = ("results.json", "pictures.npz", "report.html", "reconstructions.png")
@@ -62,47 +60,6 @@ def begin(out: Path, settings: Settings, fingerprint: int, command: str, *, resu
 def end(out: Path, settings: Settings, fingerprint: int, command: str) -> None:
     """Notes that the demo has come to its end."""
     write_state(out, settings, fingerprint, command, finished=True)
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keeps a second demo out of the folder; a lock ends with its process, however that ends.
-
-    Raises:
-        SettingsError: a demo is running there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SettingsError(f"a demo is running in {out}; wait for it, or give another --out") from error
-        try:
-            yield
-        finally:
-            (out / ".lock").unlink(missing_ok=True)
-
-
-def prepare(out: Path) -> None:
-    """Creates the folder and writes a file into it for a try, so that a full training is never lost.
-
-    Raises:
-        SettingsError: it cannot be created or written.
-    """
-    try:
-        if out.is_file():
-            raise FileExistsError(errno.EEXIST, "it is a file")
-        (out / RUNS).mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_bytes(b"1")
-        probe.unlink()
-    except OSError as error:
-        why = error.strerror or error
-        raise SettingsError(f"out: cannot write into {out} ({why}); give a folder that can be written") from error
 
 
 def refuse_foreign(out: Path) -> None:

@@ -9,12 +9,13 @@ from html import escape
 from pathlib import Path
 
 from ..analysis.pictures import Row, draw_rows, grey_levels
+from ..experiments.significance import Difference
 from .curves import panel
 from .inside import layer_numbers, modes_section, reconstruction_rows, reconstruction_section, reversibility_section
 from .page import PAGE, model_label, note, picture_grid, section, table
 from .remarks import remarks
 from .results import PHASES, Pictures, Results, Run, load_results
-from .significance import Difference, differences
+from .significance import differences
 from .text import (
     first_images_text,
     joined,

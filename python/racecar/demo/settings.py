@@ -7,13 +7,10 @@ import os
 from dataclasses import dataclass, replace
 
 from ..data import DIGITS, ImageData
+from ..experiments.folder import SettingsError
 
 MOST_WORKERS = 8  # each holds PyTorch and Lightning, some 400 MB
 LARGEST_SIZE = 256  # the demo's network at 256×256 takes 64 times the work per image that it takes at 32×32
-
-
-class SettingsError(ValueError):
-    """An option with a value that cannot be used; the message says what was given and what would be right."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data import ImageData, motion_blur
-from .settings import Settings, SettingsError
+from ..experiments.folder import SettingsError
+from .settings import Settings
 
 VALIDATION_PART = 1 / 3  # of the training images, with --validate
 

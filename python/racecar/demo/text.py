@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
+from ..experiments.significance import Difference
 from .results import PHASE_TITLES, Results
-from .significance import Difference
 
 
 def accuracy_text(mean: float, deviation: float | None) -> str:

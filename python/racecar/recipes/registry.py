@@ -1,0 +1,86 @@
+"""Which recipes there are. What one does is imported when it runs, so that `racecar run --help` is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment of one of the papers.
+
+    Attributes:
+        name: on the command line.
+        shows: what it shows, in a line.
+        paper: where it stands.
+        data: what `--data` takes, and what happens without it.
+        module: of this package; it has `run(settings, folder, listener)` and `Settings`.
+        presets: name -> settings that differ from the defaults of `Settings`; the first is the default, "quick" is
+            what `--quick` stands for.
+    """
+
+    name: str
+    shows: str
+    paper: str
+    data: str
+    module: str
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def part(self, name: str) -> Any:
+        """An attribute of the recipe's module."""
+        return getattr(import_module(f".{self.module}", __package__), name)
+
+    def settings(self, preset: str, **given: Any) -> Any:
+        """The settings of a preset, with those that are given in their place.
+
+        Raises:
+            SettingsError: there is no such preset, or a value cannot be used.
+        """
+        from ..experiments.folder import SettingsError
+
+        if preset not in self.presets:
+            raise SettingsError(f"preset must be one of {', '.join(self.presets)}, got {preset!r}")
+        return self.part("Settings")(**{"preset": preset, **self.presets[preset], **given})
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """Runs it; see the module."""
+        return self.part("run")
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="mi",
+            shows="Where a small tanh network keeps its information, and what that is worth when labels are swapped.",
+            paper="Xie & Thuerey 2020, Tables 1 and 2, on the 4096 patterns of Shwartz-Ziv & Tishby 2017",
+            data="The study's var_u.mat. \\[default: the same 4096 patterns, generated from its description]",
+            module="mi",
+            presets={
+                "cpu": {"epochs": 4000, "transfer_epochs": 4000},
+                "paper": {},
+                "quick": {"seeds": 2, "epochs": 30, "transfer_epochs": 20},
+            },
+        ),
+        Recipe(
+            name="peak",
+            shows="Whether a first layer's singular vectors are what two classes of peaks look like.",
+            paper="Xie & Thuerey 2020, section 3, and the authors' published example",
+            data="A folder with 0.png to 54.png in 0 and in 1, 28×28. \\[default: generated peaks among scribbles]",
+            module="peak",
+            presets={"paper": {"epochs": 5000, "lam": 1e-6}, "quick": {"seeds": 1, "epochs": 100, "lam": 1e-6}},
+        ),
+        Recipe(
+            name="mnist-svd",
+            shows="Whether two digits lie in the span of a layer's singular vectors.",
+            paper="Xie & Thuerey 2020, section 3, and the authors' published example",
+            data="The official MNIST files, or other square grey images. \\[default: scikit-learn's digits, 8×8]",
+            module="mnist_svd",
+            presets={"paper": {}, "once": {"twice": False}, "quick": {"seeds": 2, "epochs": 100}},
+        ),
+    )
+}
