@@ -226,7 +226,7 @@ def run_problem(
                 run["LPIPS"] = perceptual_distances(metric, state["runs"][name]["vectors"], images)
         replace_text(folder.path / RESULTS, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         replace_text(folder.path / TABLE, table_page(problem, settings, content))
-        draw(problem, state).savefig(folder.path / FIGURE, dpi=110)
+        draw(problem, state).savefig(folder.path / FIGURE, dpi=110, bbox_inches="tight")
         folder.finish()
     return content
 
