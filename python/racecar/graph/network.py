@@ -24,6 +24,7 @@ class Call:
         reason: why it cannot be run backwards although it belongs to a family.
         consumers: places of the calls that read what it gives; `Network.OUTPUT` for what the forward returns.
         hidden: the result is seen by nobody but the function that it is a part of.
+        opaque: it calls functions of its own that a run sees, and this network does not.
         owner: of a tied operation, the module that has its weight, and under which name.
     """
 
@@ -34,6 +35,7 @@ class Call:
     reason: str | None = None
     consumers: list[int] = field(default_factory=list)
     hidden: bool = False
+    opaque: bool = False
     owner: tuple[nn.Module, str] | None = None
 
 

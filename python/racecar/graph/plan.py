@@ -34,9 +34,10 @@ class GraphLayer(PlannedLayer):
         back: families of the calls from d to the operation.
         made: families of the calls that made d, back to where the reverse stops.
         onward: families of the calls from the operation to y.
+        behind_tied: those work on what a tied operation gave.
         further: whether other norms and activations may stand in front of those that made d: there is one that cannot
-            be undone, or an operation on several tensors, an addition say, which some forward may leave out.
-        goes_on: likewise of what reads y.
+            be undone, or a call whose inside only a run shows.
+        goes_on: likewise of what reads y; an operation on several tensors, an addition say, may be left out, too.
         hidden: the result is inside a recurrent cell, and computed again for the reverse.
         first: it receives the model's input.
     """
@@ -47,6 +48,7 @@ class GraphLayer(PlannedLayer):
     back: tuple[Family, ...] = ()
     made: tuple[Family, ...] = ()
     onward: tuple[Family, ...] = ()
+    behind_tied: bool = False
     further: bool = False
     goes_on: bool = False
     hidden: bool = False
@@ -144,16 +146,22 @@ def _layer(network: Network, place: int, name: str, use: int) -> GraphLayer:
         back=tuple(network.calls[i].family for i in pre),
         made=() if latent_from == Network.INPUT else tuple(network.calls[i].family for i in latent),
         onward=onward,
-        further=latent_from != Network.INPUT and _is_open(network.calls[latent_from]),
+        behind_tied=latent_from != Network.INPUT and network.calls[latent_from].family is Family.TIED,
+        further=latent_from != Network.INPUT and _shows_latents(network.calls[latent_from]),
         goes_on=any(r != Network.OUTPUT and _is_open(network.calls[r]) for r in network.calls[y].consumers),
         hidden=call.hidden,
         first=latent_from == Network.INPUT,
     )
 
 
+def _shows_latents(call: Call) -> bool:
+    """Whether a run sees norms and activations in this call, at which a plan ends."""
+    return call.family is Family.LATENT or call.opaque
+
+
 def _is_open(call: Call) -> bool:
-    """Whether norms and activations on its other side may join those on this side: it is one, or may be left out."""
-    return call.family is Family.LATENT or (call.family is Family.OTHER and len(call.inputs) > 1)
+    """Whether norms and activations may follow what this call reads: it shows some, or may be left out."""
+    return _shows_latents(call) or (call.family is Family.OTHER and len(call.inputs) > 1)
 
 
 def _modules(network: Network, places: list[int]) -> Iterator[nn.Module]:

@@ -19,6 +19,7 @@ from .record import Owners
 _NUMBERS = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "type", "element_size")
 )
+_PLAIN = frozenset(("torch", "_operator", "operator", "builtins", "math"))
 _CELLS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
@@ -43,6 +44,11 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """Arguments that a plain call leaves out: a trace would take `if mask is not None` for true."""
     parameters = inspect.signature(model.forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _is_opaque(func: Any) -> bool:
+    """Whether a function is one of the model's own, wrapped for torch.fx; PyTorch's show nothing of what they call."""
+    return str(getattr(func, "__module__", None) or "torch").partition(".")[0] not in _PLAIN
 
 
 class _Reader:
@@ -107,6 +113,7 @@ class _Reader:
             call.family, call.module = Family.LATENT, module
         else:
             call.name = f"{type(module).__name__} {name!r}"
+            call.opaque = any(True for _ in module.children())
         if family is Family.TIED:
             found = self.owners.of(getattr(module, "weight"))  # noqa: B009
             call.name, call.owner = (name, (module, "weight")) if found is None else (found[0], found[1:])
@@ -146,7 +153,7 @@ class _Reader:
         if family is not Family.OTHER and (not isinstance(first, fx.Node) or self.places.get(first) != inputs[0]):
             family = Family.OTHER
         args, kwargs = ([self._constant(a) for a in node.args], {k: self._constant(v) for k, v in node.kwargs.items()})
-        call = Call(calls.name_of(func), family, inputs)
+        call = Call(calls.name_of(func), family, inputs, opaque=_is_opaque(func))
         if family is not Family.OTHER:
             try:
                 call.module = calls.described(func, tuple(args), kwargs)

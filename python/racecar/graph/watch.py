@@ -50,7 +50,8 @@ class Trail(NamedTuple):
 
     `steps`: the calls since the last other operation. `layer`, `ahead`: the layer whose y it leads to, in how many
     calls. `behind`: the layer whose y it is. `handed_on`: an operation of no family gave the tensor itself back, as
-    `contiguous` may, so that its steps may or may not be what was planned.
+    `contiguous` may, so that its steps may or may not be what was planned. `tied`: the first step works on what a tied
+    operation gave.
     """
 
     steps: tuple[Step, ...] = ()
@@ -58,6 +59,7 @@ class Trail(NamedTuple):
     ahead: int = 0
     behind: int = -1
     handed_on: bool = False
+    tied: bool = False
 
 
 _NEW = Trail()
@@ -179,7 +181,7 @@ class Watch(CallMode):
         layer, ahead = self._on_the_way(trail, family)
         behind = trail.behind if family is Family.SILENT else -1
         steps = (*trail.steps, Step(family, x))
-        return self._went_on(Trail(steps, layer, ahead, behind, trail.handed_on), result)
+        return self._went_on(Trail(steps, layer, ahead, behind, trail.handed_on, trail.tied), result)
 
     def _other(self, func: Any, x: Tensor, kwargs: dict[str, Any], result: Any) -> None:
         """A call of no family has read x: what it wrote there, or gave back as it is, did not come the same way."""
@@ -189,7 +191,7 @@ class Watch(CallMode):
         if calls.works_in_place(func, kwargs):
             self.trails.set(x, _NEW)
         elif result is x:
-            self.trails.set(x, Trail(trail.steps, handed_on=True))
+            self.trails.set(x, Trail(trail.steps, handed_on=True, tied=trail.tied))
 
     def _on_the_way(self, trail: Trail, family: Family) -> tuple[int, int]:
         """The layer to whose y a call of this family leads from here, and in how many calls; -1, 0: to none."""
@@ -206,7 +208,7 @@ class Watch(CallMode):
         """Remembers where a result came from, and runs the reverse of the layer whose y it is."""
         if trail.layer >= 0 and trail.ahead == 0:
             result = self.engine.left(trail.layer, result, self.run)
-            trail = Trail(trail.steps, behind=self._ends(trail.layer))
+            trail = trail._replace(layer=-1, behind=self._ends(trail.layer))
         self.trails.set(result, trail)
         return result
 
@@ -226,27 +228,29 @@ class Watch(CallMode):
         if self.engine.shards is not None:
             tensors = self.engine.shards.kept(tensors)
         # behind pooling, a walk back from the next layer ends here; of a dropout nobody needs the input any more
+        tied = trail.tied
         before = [Step(s.family, None, s.tensors, s.training) for s in trail.steps]
         if any(s.family is not Family.LATENT and s.family is not Family.SILENT for s in before):
-            before = []
+            before, tied = [], False
         layer, ahead = self._on_the_way(trail, Family.LATENT)
-        return Trail((*before, Step(Family.LATENT, None, tensors, training)), layer, ahead, -1, trail.handed_on)
+        steps = (*before, Step(Family.LATENT, None, tensors, training))
+        return Trail(steps, layer, ahead, -1, trail.handed_on, tied)
 
     def _tied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, weight, bias = calls.tied_tensors(args, kwargs)
         m = self._layer_of(weight)
         if m < 0:
             result = func(*args, **kwargs)
-            self.trails.set(result, _NEW)
+            self.trails.set(result, Trail(tied=True))
             return result
         layer = self.engine.layer(m)
         self._enter(m, layer, x, weight, bias)
         result = func(*args, **kwargs)
         if layer.ahead == 0:
             result = self.engine.left(m, result, self.run)
-            self.trails.set(result, Trail(behind=self._ends(m)))
+            self.trails.set(result, Trail(behind=self._ends(m), tied=True))
         else:
-            self.trails.set(result, Trail((), m, layer.ahead))
+            self.trails.set(result, Trail((), m, layer.ahead, tied=True))
         return result
 
     def _ends(self, m: int) -> int:
@@ -280,6 +284,9 @@ class Watch(CallMode):
         way = [s.family for s in steps[len(steps) - back - made :]]
         beyond = [s.family for s in steps[: max(0, len(steps) - back - made)] if s.family is not Family.SILENT]
         more = bool(beyond) and beyond[-1] is Family.LATENT and not (layer.first or layer.further or trail.handed_on)
+        # What begins elsewhere than was planned is another path: a block is left out, and its addition with it. By
+        # memory, what another operation handed on as it is, or wrote unseen, looks as if it had come the same way.
+        more = more and trail.tied == layer.behind_tied and not self._by_memory
         if len(steps) < back + made or way != [*layer.made, *layer.back] or more:
             raise RuntimeError(
                 f"what leads to layer {layer.name!r} is not what it was when the model was planned "

@@ -1,0 +1,160 @@
+"""Where a plan ends at an addition, or at what a trace does not look into: what is refused there, and what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import racecar
+
+each_how = pytest.mark.parametrize("how", ["traced", "run"])
+
+
+class Net(nn.Module):
+    """Its forward is a function that a test may change after wrapping."""
+
+    def __init__(self, way: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.n = nn.BatchNorm2d(4)
+        self.way = way
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+def image() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 6, 6, dtype=torch.float64)
+
+
+def wrapped(net: nn.Module, how: str = "traced", **given):
+    return racecar.wrap(net, 0.1, example=image() if how == "run" else None, **given)
+
+
+def norm_behind_an_addition(net: Net, x: Tensor) -> Tensor:
+    h = F.relu(net.a(x))
+    return net.b(net.n(h + 1)) + 1
+
+
+def norm_and_relu_behind_an_addition(net: Net, x: Tensor) -> Tensor:
+    h = F.relu(net.a(x))
+    return net.b(F.relu(net.n(h + 1))) + 1
+
+
+def sum_of_two(net: Net, x: Tensor) -> Tensor:
+    h = F.relu(net.a(x))
+    return net.b(h + x.mean(1, keepdim=True)) + 1
+
+
+def activation_behind_the_sum(net: Net, x: Tensor) -> Tensor:
+    h = F.relu(net.a(x))
+    return net.b(torch.tanh(h + x.mean(1, keepdim=True))) + 1
+
+
+@each_how
+@pytest.mark.parametrize("less_first", [True, False])
+def test_other_norms_and_activations_in_front_of_a_layer(less_first: bool, how: str) -> None:
+    ways = [norm_behind_an_addition, norm_and_relu_behind_an_addition]
+    then, now = ways if less_first else ways[::-1]
+    net = wrapped(Net(then), how, variant="local")
+    net(image())
+    net.way = now
+    with pytest.raises(RuntimeError, match="what leads to layer 'b'"):
+        net(image())
+
+
+def same_type(net: Net, x: Tensor) -> Tensor:
+    """A call that gives its input back: the plan ends there, and the tensor does not show it."""
+    return net.b(F.relu(net.a(x)).double()) + 1
+
+
+def beside_the_same_type(net: Net, x: Tensor) -> Tensor:
+    h = F.relu(net.a(x))
+    return net.b(h) + h.double().mean()
+
+
+def two_readers(net: Net, x: Tensor) -> Tensor:
+    h = net.a(x)
+    return net.b(F.relu(h)) + h
+
+
+@each_how
+@pytest.mark.parametrize("way", [same_type, beside_the_same_type, two_readers, sum_of_two])
+def test_what_was_planned_runs(way, how: str) -> None:
+    net = wrapped(Net(way), how, variant="local")
+    for _ in range(2):
+        net(image())
+        assert net.reverse_loss > 0
+
+
+class Block(nn.Module):
+    """A module of PyTorch's own that a trace does not look into, and a run does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True, norm_first=True, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(self.first(x)))
+
+
+@each_how
+def test_norms_inside_a_module_that_a_trace_does_not_look_into(how: str) -> None:
+    x = torch.randn(2, 3, 8)
+    net = racecar.wrap(Block(), 0.1, variant="local", example=x if how == "run" else None)
+    net(x)
+    assert net.reverse_loss > 0
+
+
+@each_how
+def test_an_activation_behind_an_addition_of_two_tensors(how: str) -> None:
+    net = wrapped(Net(sum_of_two), how, variant="local")
+    net(image())
+    net.way = activation_behind_the_sum
+    with pytest.raises(RuntimeError, match="what leads to layer 'b'"):
+        net(image())
+
+
+@torch.fx.wrap
+def normalised(x: Tensor) -> Tensor:
+    return torch.tanh(F.layer_norm(x, (8,)))
+
+
+class Wrapped(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(normalised(self.first(x)))
+
+
+def test_norms_inside_a_function_that_a_trace_does_not_look_into() -> None:
+    net = racecar.wrap(Wrapped(), 0.1, variant="local")
+    net(torch.randn(2, 3, 8))
+    assert net.reverse_loss > 0
+
+
+class LeavesOut(Net):
+    """Stochastic depth in Python: a block, and the addition behind it, do not run in every step."""
+
+    skip = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        if not self.skip:
+            h = h + torch.tanh(self.n(h))
+        return self.b(h)
+
+
+@each_how
+def test_a_block_that_is_left_out_with_its_addition(how: str) -> None:
+    net = wrapped(LeavesOut(sum_of_two), how, variant="local")
+    for skip in (False, True, False):
+        net.skip = skip
+        net(image())
+        assert all(loss > 0 for loss in net.reverse_losses.values())
