@@ -22,7 +22,7 @@ _REENTRANT = (
 
 _INSIDE = (
     "an activation checkpoint inside the model runs layer {name!r}, whose reverse would be lost when its forward runs "
-    "again; put the checkpoint around the wrapped model, or use memory='recompute'"
+    "again; put the checkpoint around the wrapped model instead"
 )
 
 
