@@ -61,7 +61,7 @@ RECIPES = {
             data="The study's var_u.mat. \\[default: the same 4096 patterns, generated from its description]",
             module="mi",
             presets={
-                "cpu": {"epochs": 4000, "transfer_epochs": 4000},
+                "cpu": {"epochs": 4000, "transfer_epochs": 12000},
                 "paper": {},
                 "quick": {"seeds": 2, "epochs": 30, "transfer_epochs": 20},
             },
