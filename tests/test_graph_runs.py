@@ -270,3 +270,102 @@ def test_weights_that_the_older_norms_compute(norm, how: str) -> None:
     wrapped.reverse_loss.backward()
     own = net.two.weight_g if norm is nn.utils.weight_norm else net.two.weight_orig
     assert own.grad.abs().sum() > 0
+
+
+class Noisy(Switched):
+    sigma = 0.1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(x)
+        if self.sigma:
+            h = h + self.sigma * torch.randn(h.shape, dtype=h.dtype)
+        return self.linear(F.relu(self.conv2(F.relu(h))).flatten(1))
+
+
+def test_noise_may_come_and_go() -> None:
+    net, x = Noisy(), images()
+    wrapped = racecar.wrap(net, 0.1, variant="local", example=x)
+    wrapped(x)
+    net.sigma = 0.0
+    wrapped(x)
+    assert all(loss > 0 for loss in wrapped.reverse_losses.values())
+
+
+def test_a_checkpoint_around_what_is_not_compared_is_served() -> None:
+    net, x = Checkpointed(), images().requires_grad_()
+    net.reentrant = False
+    twin, want = Switched(), []
+    for model in (net, twin):
+        wrapped = racecar.wrap(model, 0.1, variant="local", layers=1, example=x)
+        (wrapped(x).sum() + wrapped.reverse_loss).backward()
+        want.append(model.conv1.weight.grad)
+    torch.testing.assert_close(*want)
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, x):
+        with torch.no_grad():
+            return run(x)
+
+
+def test_a_checkpoint_of_another_library_is_refused() -> None:
+    class Model(Checkpointed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = OwnCheckpoint.apply(self.conv2, F.relu(self.conv1(x)))
+            return self.linear(F.relu(h).flatten(1))
+
+    x = images()
+    wrapped = racecar.wrap(Model(), 0.1, variant="local", example=x)
+    with pytest.raises(RuntimeError, match="checkpoint inside the model runs layer 'conv2'"):
+        wrapped(x.requires_grad_())
+
+
+def test_a_part_that_is_left_out_forgets_the_models_mode() -> None:
+    class Skips(Classifier):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if len(x) == 0 else super().forward(x)
+
+    net, x = Skips(), torch.randn(2, 3, 6, 6)
+    wrapped = racecar.wrap(net, 0.1, variant="full", example=x)
+    net.eval()
+    wrapped(x[:0])
+    net.train()
+    net.features(x)
+    assert wrapped.reverse_loss > 0
+    wrapped(x[:0])
+    net.eval()
+    net.features(x)
+    assert wrapped.reverse_loss == 0
+
+
+def test_a_compiled_part_reconstructs() -> None:
+    torch.compiler.reset()
+    net, x = Classifier(), torch.randn(2, 3, 6, 6)
+    wrapped = racecar.wrap(net, 0.1, variant="full")
+    want = wrapped.reconstruct(x)
+    net.features.compile(backend="eager")
+    torch.testing.assert_close(wrapped.reconstruct(x), want)
+
+
+class Collecting(Switched):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "ones" not in self.cache:
+            self.cache["ones"] = torch.ones_like(x)
+        h = F.relu(self.conv1(x * self.cache["ones"]))
+        self.seen.append(h)
+        return self.linear(F.relu(self.conv2(h)).flatten(1))
+
+
+def test_planning_leaves_nothing_in_lists_and_dictionaries() -> None:
+    net, x = Collecting(), images()
+    seen, cache = net.seen, net.cache
+    wrapped = racecar.wrap(net, 0.1)
+    assert net.seen is seen and net.cache is cache and not seen and not cache
+    wrapped(x)
+    assert [type(t) for t in seen] == [torch.Tensor] and set(cache) == {"ones"}

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-_REENTRANT_FORWARD = CheckpointFunction.forward
 _REENTRANT = (
     "reverse_loss has no gradient under a reentrant activation checkpoint, which runs the forward without a graph "
     "first; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
@@ -53,11 +51,17 @@ def _saving() -> Any:
 
 
 def _in_reentrant() -> bool:
-    """Whether a reentrant checkpoint is running its function; any other block without gradients is the user's."""
+    """Whether a function of autograd runs this, as a reentrant checkpoint does, PyTorch's or another library's.
+
+    Any other block without gradients is the user's.
+    """
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is _REENTRANT_FORWARD.__code__:
-            return True
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.FunctionCtx):
+                return True
         frame = frame.f_back
     return False
 

@@ -67,7 +67,7 @@ class Engine(ABC):
         self._kept_factors: dict[tuple[Any, ...], Tensor] = {}
         self.sampler = None if settings.sample is None else Sampler(settings.sample, settings.layers)
         self.run: Run | None = None
-        self.training: bool | None = None  # the mode of the model around this part, in the forward to come
+        self.training: bool | None = None  # the mode of the model around this part, while that runs
 
     def set_result(self, value: Result | None) -> None:
         """A method, since torch.compile in PyTorch 2.11 writes past the setter of a property."""
@@ -123,12 +123,18 @@ class Engine(ABC):
         self.finish(run)
         return out
 
+    def without_reverse(
+        self, model: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The model's own forward alone."""
+        self.idle(model)
+        return own(*args, **kwargs)
+
     # ------------------------------------------------------------------ one forward
 
     def active(self, model: nn.Module) -> bool:
         """Nothing is computed in eval mode or while every λ is 0."""
-        training, self.training = self.training, None
-        return self.positive and (model.training if training is None else training)
+        return self.positive and (model.training if self.training is None else self.training)
 
     @contextmanager
     def recording(self, *, reconstruct: bool = False) -> Iterator[Run]:

@@ -67,11 +67,6 @@ class PartEngine(Engine):
         self.lam, self.positive = lam, any(lam)
         self.inner.set_lam(lam)
 
-    def active(self, model: nn.Module) -> bool:
-        """As any model's; the part, which may be in another mode, does as the model does."""
-        self.inner.training = model.training
-        return super().active(model)
-
     def attach(self) -> None:
         """Nothing to do: the part has its own hooks."""
 
@@ -79,7 +74,21 @@ class PartEngine(Engine):
         self.part.unwrap()  # type: ignore[operator]
 
     def forward(self, model: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return own(*args, **kwargs)
+        return self._in_mode(True, own, args, kwargs)
+
+    def without_reverse(
+        self, model: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.idle(model)
+        return self._in_mode(False, own, args, kwargs)
+
+    def _in_mode(self, training: bool, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The part, which may be in another mode, does as the model around it does."""
+        self.inner.training = training
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self.inner.training = None
 
     @contextmanager
     def recording(self, *, reconstruct: bool = False) -> Iterator[Run]:

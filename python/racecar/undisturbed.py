@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +45,22 @@ def _copy(buffer: Tensor | None) -> Tensor | None:
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """What the forward sets as an attribute inside, a stand-in of a trace for example, is gone afterwards."""
     before = [
-        (module, dict(module.__dict__), dict(module._buffers))
+        (module, [(name, value, _content(value)) for name, value in module.__dict__.items()])
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         yield
     finally:
-        for module, own, buffers in before:
+        for module, own in before:
             module.__dict__.clear()
-            module.__dict__.update(own)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for name, value, content in own:
+                module.__dict__[name] = value
+                if content is not None:
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def _content(value: object) -> Any:
+    """What a list, a dictionary or a set holds; None of anything else."""
+    return copy.copy(value) if type(value) in (list, dict, set, OrderedDict) else None

@@ -122,7 +122,7 @@ class Reversible(nn.Module):
         if engine is None:  # a slice of a wrapped nn.Sequential is made of its class, but not wrapped
             return super().forward(*args, **kwargs)
         if engine.run is not None:  # the model around this part records what runs through it
-            if engine.run.thread != current_thread():
+            if 0 != engine.run.thread != current_thread() != 0:
                 raise RuntimeError(_TWO_THREADS)
             return super().forward(*args, **kwargs)
         if checkpointing.runs_again():
@@ -133,8 +133,7 @@ class Reversible(nn.Module):
     def _forward(self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine.set_result(None)  # lets go of the last forward's graph before a new one is built
         if not engine.active(self):
-            engine.idle(self)
-            return super().forward(*args, **kwargs)
+            return engine.without_reverse(self, super().forward, args, kwargs)
         return engine.forward(self, super().forward, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

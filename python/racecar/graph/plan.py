@@ -21,6 +21,21 @@ from ..plan import Plan, PlannedLayer
 from .calls import Family
 from .network import NO_PARAMETER, Call, Network
 
+_SHAPES = frozenset(
+    [
+        "flatten",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "squeeze",
+        "unsqueeze",
+        "unflatten",
+        "contiguous",
+        "mean",
+        "sum",
+    ]
+)
 _NEVER = (nn.modules.conv._ConvTransposeNd, nn.RNNBase, nn.Bilinear, nn.Embedding)
 
 
@@ -37,7 +52,7 @@ class GraphLayer(PlannedLayer):
         behind_tied: those work on what a tied operation gave.
         further: whether other norms and activations may stand in front of those that made d: there is one that cannot
             be undone, or a call whose inside only a run shows.
-        goes_on: likewise of what reads y; an operation on several tensors, an addition say, may be left out, too.
+        goes_on: likewise of what reads y; what is no mere reshaping, an addition say, may be left out, too.
         hidden: the result is inside a recurrent cell, and computed again for the reverse.
         first: it receives the model's input.
     """
@@ -160,8 +175,8 @@ def _shows_latents(call: Call) -> bool:
 
 
 def _is_open(call: Call) -> bool:
-    """Whether norms and activations may follow what this call reads: it shows some, or may be left out."""
-    return _shows_latents(call) or (call.family is Family.OTHER and len(call.inputs) > 1)
+    """Whether norms and activations may follow what this call reads: it shows some, or a forward may leave it out."""
+    return _shows_latents(call) or (call.family is Family.OTHER and call.name.strip("_") not in _SHAPES)
 
 
 def _modules(network: Network, places: list[int]) -> Iterator[nn.Module]:
