@@ -22,19 +22,7 @@ from .calls import Family
 from .network import NO_PARAMETER, Call, Network
 
 _SHAPES = frozenset(
-    [
-        "flatten",
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "squeeze",
-        "unsqueeze",
-        "unflatten",
-        "contiguous",
-        "mean",
-        "sum",
-    ]
+    ("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "unflatten", "contiguous")
 )
 _NEVER = (nn.modules.conv._ConvTransposeNd, nn.RNNBase, nn.Bilinear, nn.Embedding)
 
