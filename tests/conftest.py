@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections import Counter
 
 import numpy
 import pytest
@@ -18,18 +19,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part", metavar="I/N", help="every N-th test marked gpu, from I = 0 on: to run them side by side"
     )
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of every test its first case and each N-th after"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--every") > 1:
+        met: Counter[tuple[object, str]] = Counter()
+        parts: tuple[list[pytest.Item], list[pytest.Item]] = [], []
+        for item in items:
+            parts[met[case_of(item)] % config.getoption("--every") != 0].append(item)
+            met[case_of(item)] += 1
+        items[:], left_out = parts
+        config.hook.pytest_deselected(items=left_out)
     traced = set()
     for item in items:
         if "interpreted" in getattr(item, "fixturenames", ()):
             # coverage doubles the time of Triton's interpreter: it traces the first case of every test alone
-            test = item.path, getattr(item, "originalname", item.name)
-            if test in traced:
+            if case_of(item) in traced:
                 item.add_marker(pytest.mark.no_cover)
-            traced.add(test)
+            traced.add(case_of(item))
         if torch.cuda.is_available() and "interpreted" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)  # there the kernels are compiled, and really tested
         elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
@@ -37,6 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--part"):
         index, parts = map(int, config.getoption("--part").split("/"))
         items[:] = [item for item in items if item.get_closest_marker("gpu")][index::parts]
+
+
+def case_of(item: pytest.Item) -> tuple[object, str]:
+    """Which test this is a case of."""
+    return item.path, getattr(item, "originalname", None) or item.name
 
 
 @pytest.fixture(scope="session")
