@@ -33,7 +33,7 @@ SKIP = {
 QUICKER = [
     (r"^make demo\b(?!.*ARGS)", 'make demo ARGS="--quick"'),
     (r"^(\.venv/bin/)?racecar demo\b(?!.*(--quick|--help))", "racecar demo --quick"),
-    (r"^(\.venv/bin/)?racecar run (?!.*(--quick|--help))", "racecar run mi --quick --overwrite"),
+    (r"^(?:\.venv/bin/)?racecar run (?!.*(?:--quick|--help))(\S+).*", r"racecar run \1 --quick --overwrite"),
     (r"^make bench(?!-)(?!.*--quick).*", 'make bench ARGS="--quick --no-compile mnist mlp"'),
     (r"^make bench-ops\b.*", 'make bench-ops ARGS="-k MLP"'),
     (
