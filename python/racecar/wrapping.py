@@ -122,7 +122,8 @@ class Reversible(nn.Module):
         if engine is None:  # a slice of a wrapped nn.Sequential is made of its class, but not wrapped
             return super().forward(*args, **kwargs)
         if engine.run is not None:  # the model around this part records what runs through it
-            if 0 != engine.run.thread != current_thread() != 0:
+            threads = {engine.run.thread, current_thread()} - {0}  # 0: torch.compile traces, in whichever
+            if len(threads) > 1:
                 raise RuntimeError(_TWO_THREADS)
             return super().forward(*args, **kwargs)
         if checkpointing.runs_again():
