@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import racecar
+from racecar_kernels.activations import TABLE
 
 each_how = pytest.mark.parametrize("how", ["traced", "run"])
 
@@ -158,3 +159,44 @@ def test_a_block_that_is_left_out_with_its_addition(how: str) -> None:
         net.skip = skip
         net(image())
         assert all(loss > 0 for loss in net.reverse_losses.values())
+
+
+@each_how
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (F.relu, torch.tanh),
+        (nn.ReLU6(), F.relu),
+        (lambda h: F.max_pool2d(h, 2), lambda h: F.avg_pool2d(h, 2)),
+        (nn.BatchNorm2d(4).double(), lambda h: F.instance_norm(h)),
+        (nn.GroupNorm(2, 4).double(), torch.sigmoid),
+    ],
+)
+def test_another_function_in_the_place_of_the_planned_one(
+    then: Callable[[Tensor], Tensor], now: Callable[[Tensor], Tensor], how: str
+) -> None:
+    def way(net: Net, x: Tensor) -> Tensor:
+        return net.b(net.made(net.a(x)))
+
+    net = Net(way)
+    net.made = then
+    net = wrapped(net, how, variant="local")
+    net(image())
+    if "made" in net._modules:
+        del net.made
+    net.made = now
+    with pytest.raises(RuntimeError, match="what leads to layer 'b' is not what it was .* now"):
+        net(image())
+
+
+@each_how
+@pytest.mark.parametrize(
+    "made",
+    [nn.Hardtanh(0.0, 6.0), nn.Threshold(0.1, 0.2), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.LayerNorm(6)]
+    + [row.module() for row in TABLE.values() if row.module is not nn.Threshold],
+    ids=lambda made: type(made).__name__,
+)
+def test_a_function_has_one_name_however_it_is_called(made: nn.Module, how: str) -> None:
+    net = Net(lambda net, x: net.b(net.made(net.a(x))))
+    net.made = made.double()
+    assert torch.isfinite(wrapped(net, how)(image())).all()

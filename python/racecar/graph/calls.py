@@ -182,6 +182,15 @@ FAMILIES: dict[Any, Family] = {
     F.linear: Family.TIED,
     F.pad: Family.PAD,
 }
+_CALLED: tuple[tuple[tuple[type[nn.Module], ...], Any], ...] = (
+    *(((row.module,), getattr(F, name.replace("log_sigmoid", "logsigmoid"))) for name, row in TABLE.items()),
+    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), F.batch_norm),
+    ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), F.instance_norm),
+    ((nn.GroupNorm,), F.group_norm),
+    ((nn.LayerNorm,), F.layer_norm),
+    *(((module,), function) for function, (_, module) in _POOLS.items()),
+    ((nn.Upsample, nn.UpsamplingNearest2d), F.interpolate),
+)
 RANDOM = {F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_}
 FAMILIES |= dict.fromkeys(RANDOM, Family.LATENT)
 _MAKERS: dict[Any, Callable[..., nn.Module]] = {
@@ -193,8 +202,27 @@ _MAKERS: dict[Any, Callable[..., nn.Module]] = {
     F.linear: _tied,
     **dict.fromkeys(RANDOM, lambda *given: nn.RReLU()),
 }
+_KINDS: dict[Any, str] = {
+    **{f: "hardtanh" if name == "relu6" else name for f, name in _ACTIVATIONS.items()},  # nn.ReLU6 calls F.hardtanh
+    **{f: f.__name__ for f in _NORM_ARGUMENTS},
+    **{f: f"{name}_pool" for f, (name, _) in _POOLS.items()},
+    F.interpolate: "interpolate",
+}
 SLOPED = {f for f, name in _ACTIVATIONS.items() if name == "prelu"}
 NORMS = frozenset(_NORM_ARGUMENTS)
+
+
+def kind_of(func: Any) -> str:
+    """Which norm, activation or pooling a function is; its family's name for what is neither."""
+    return _KINDS.get(func) or FAMILIES.get(func, Family.OTHER).value
+
+
+def kind_of_module(module: nn.Module) -> str:
+    """`kind_of` the function that a module of `torch.nn` calls."""
+    for kinds, func in _CALLED:
+        if describe.is_a(module, kinds):
+            return kind_of(func)
+    return Family.OTHER.value
 
 
 def family_of_module(module: nn.Module) -> Family:

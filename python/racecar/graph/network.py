@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from . import calls
 from .calls import Family
 
 NO_PARAMETER = "its weight is no parameter: it is computed in the forward, or a buffer"
@@ -37,6 +38,12 @@ class Call:
     hidden: bool = False
     opaque: bool = False
     owner: tuple[nn.Module, str] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which norm, activation or pooling it is; its family's name for what is neither."""
+        known = self.module is not None and self.family in (Family.LATENT, Family.PRE)
+        return calls.kind_of_module(self.module) if known else self.family.value
 
 
 @dataclass

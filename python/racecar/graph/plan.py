@@ -36,6 +36,7 @@ class GraphLayer(PlannedLayer):
         use: which of the weight's uses this is, 0 the first.
         back: families of the calls from d to the operation.
         made: families of the calls that made d, back to where the reverse stops.
+        kinds: which norm, activation or pooling each of these is, those that made d first.
         onward: families of the calls from the operation to y.
         behind_tied: those work on what a tied operation gave.
         further: whether other norms and activations may stand in front of those that made d: there is one that cannot
@@ -50,6 +51,7 @@ class GraphLayer(PlannedLayer):
     use: int = 0
     back: tuple[Family, ...] = ()
     made: tuple[Family, ...] = ()
+    kinds: tuple[str, ...] = ()
     onward: tuple[Family, ...] = ()
     behind_tied: bool = False
     further: bool = False
@@ -136,18 +138,20 @@ def _layer(network: Network, place: int, name: str, use: int) -> GraphLayer:
     latent_from, latent = _made(network, d)
     _check_sizes([network.calls[i] for i in latent], any(network.calls[i].family is Family.PRE for i in pre))
     y, onward = _ahead(network, place)
+    made = [] if latent_from == Network.INPUT else latent
     return GraphLayer(
         name=name,
         d=d,
         pre=tuple(_modules(network, pre)),
         op=op,
-        latent=() if latent_from == Network.INPUT else tuple(_modules(network, latent)),
+        latent=tuple(_modules(network, made)),
         y=y,
         owner=owner[0],
         attribute=owner[1],
         use=use,
         back=tuple(network.calls[i].family for i in pre),
-        made=() if latent_from == Network.INPUT else tuple(network.calls[i].family for i in latent),
+        made=tuple(network.calls[i].family for i in made),
+        kinds=tuple(network.calls[i].kind for i in (*made, *pre)),
         onward=onward,
         behind_tied=latent_from != Network.INPUT and network.calls[latent_from].family is Family.TIED,
         further=latent_from != Network.INPUT and _shows_latents(network.calls[latent_from]),

@@ -8,6 +8,7 @@ not called does not count.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
 class Step(NamedTuple):
     """One call on the way: what it was called with, as far as the reverse needs that.
 
-    `x`: its input, of pooling, up-sampling and dropout alone; `tensors`: of a norm its scale, shift and running
-    statistics, of PReLU its slopes; `training`: whether a norm took statistics.
+    `kind`: which norm, activation or pooling it is; `x`: its input, of pooling, up-sampling and dropout alone; `tensors`:
+    of a norm its scale, shift and running statistics, of PReLU its slopes; `training`: whether a norm took statistics.
     """
 
     family: Family
+    kind: str
     x: Tensor | None
     tensors: tuple[Any, ...] = ()
     training: bool = True
@@ -134,7 +136,8 @@ class Notice(Boundary):
         engine = self.engine
         if engine is None or engine.run is None or not torch.compiler.is_compiling():
             return None
-        return engine.run.watch.unseen(args[0], output)
+        kind = "hardswish" if isinstance(module, nn.Hardswish) else "hardsigmoid"
+        return engine.run.watch.unseen(args[0], output, kind)
 
 
 UNSEEN = (nn.Hardswish, nn.Hardsigmoid)  # PyTorch counts their functions among those that cannot be overridden
@@ -177,10 +180,10 @@ class Watch(CallMode):
         if not isinstance(result, Tensor):  # pooling that returns indices
             return result
         if family is Family.LATENT:
-            return self._went_on(self._latent(trail, func, args, kwargs), result)
+            return self._went_on(self._latent(trail, calls.kind_of(func), func, args, kwargs), result)
         layer, ahead = self._on_the_way(trail, family)
         behind = trail.behind if family is Family.SILENT else -1
-        steps = (*trail.steps, Step(family, x))
+        steps = (*trail.steps, Step(family, calls.kind_of(func), x))
         return self._went_on(Trail(steps, layer, ahead, behind, trail.handed_on, trail.tied), result)
 
     def _other(self, func: Any, x: Tensor, kwargs: dict[str, Any], result: Any) -> None:
@@ -200,9 +203,9 @@ class Watch(CallMode):
         onward = self.engine.layer(trail.layer).onward
         return (trail.layer, trail.ahead - 1) if onward[len(onward) - trail.ahead] is family else (-1, 0)
 
-    def unseen(self, x: Tensor, result: Tensor) -> Tensor:
+    def unseen(self, x: Tensor, result: Tensor, kind: str) -> Tensor:
         """What a call would have given that torch.compile does not hand to a mode, `UNSEEN` has which."""
-        return self._went_on(self._latent(self.trails.of(x), None, (), {}), result)
+        return self._went_on(self._latent(self.trails.of(x), kind, None, (), {}), result)
 
     def _went_on(self, trail: Trail, result: Tensor) -> Tensor:
         """Remembers where a result came from, and runs the reverse of the layer whose y it is."""
@@ -212,7 +215,7 @@ class Watch(CallMode):
         self.trails.set(result, trail)
         return result
 
-    def _latent(self, trail: Trail, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail:
+    def _latent(self, trail: Trail, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail:
         if trail.behind >= 0:
             name = self.engine.layer(trail.behind).name
             raise RuntimeError(
@@ -229,11 +232,11 @@ class Watch(CallMode):
             tensors = self.engine.shards.kept(tensors)
         # behind pooling, a walk back from the next layer ends here; of a dropout nobody needs the input any more
         tied = trail.tied
-        before = [Step(s.family, None, s.tensors, s.training) for s in trail.steps]
+        before = [Step(s.family, s.kind, None, s.tensors, s.training) for s in trail.steps]
         if any(s.family is not Family.LATENT and s.family is not Family.SILENT for s in before):
             before, tied = [], False
         layer, ahead = self._on_the_way(trail, Family.LATENT)
-        steps = (*before, Step(Family.LATENT, None, tensors, training))
+        steps = (*before, Step(Family.LATENT, kind, None, tensors, training))
         return Trail(steps, layer, ahead, -1, trail.handed_on, tied)
 
     def _tied(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -281,16 +284,16 @@ class Watch(CallMode):
         trail = self.trails.of(x)
         steps = trail.steps
         back, made = len(layer.back), len(layer.made)
-        way = [s.family for s in steps[len(steps) - back - made :]]
+        way = [s.kind for s in steps[len(steps) - back - made :]]
         beyond = [s.family for s in steps[: max(0, len(steps) - back - made)] if s.family is not Family.SILENT]
         more = bool(beyond) and beyond[-1] is Family.LATENT and not (layer.first or layer.further or trail.handed_on)
         # What begins elsewhere than was planned is another path: a block is left out, and its addition with it. By
         # memory, what another operation handed on as it is, or wrote unseen, looks as if it had come the same way.
         more = more and trail.tied == layer.behind_tied and not self._by_memory
-        if len(steps) < back + made or way != [*layer.made, *layer.back] or more:
+        if len(steps) < back + made or way != [*layer.kinds] or more:
             raise RuntimeError(
                 f"what leads to layer {layer.name!r} is not what it was when the model was planned "
-                f"({_words([*layer.made, *layer.back])} then, {_words([s.family for s in steps])} now); "
+                f"({_words(layer.kinds)} then, {_words([s.kind for s in steps])} now); "
                 f"{remedy()}"
             )
         d: Any = steps[len(steps) - back].x if back else x
@@ -312,5 +315,5 @@ def remedy() -> str:
     )
 
 
-def _words(families: list[Family]) -> str:
-    return ", ".join([family.value for family in families]) or "nothing"
+def _words(kinds: Sequence[str]) -> str:
+    return ", ".join(kinds) or "nothing"
