@@ -200,3 +200,58 @@ def test_a_function_has_one_name_however_it_is_called(made: nn.Module, how: str)
     net = Net(lambda net, x: net.b(net.made(net.a(x))))
     net.made = made.double()
     assert torch.isfinite(wrapped(net, how)(image())).all()
+
+
+def relu_as_a_statement(net: Net, x: Tensor) -> Tensor:
+    h = net.a(x)
+    F.relu_(h)
+    return net.b(h)
+
+
+def relu_method_as_a_statement(net: Net, x: Tensor) -> Tensor:
+    h = net.a(x)
+    h.relu_()
+    return net.b(h)
+
+
+def relu_with_a_flag(net: Net, x: Tensor) -> Tensor:
+    h = net.a(x)
+    F.relu(h, inplace=True)
+    return net.b(h)
+
+
+def relu_assigned(net: Net, x: Tensor) -> Tensor:
+    return net.b(F.relu(net.a(x)))
+
+
+def factor_as_a_statement(net: Net, x: Tensor) -> Tensor:
+    h = net.a(x)
+    h.mul_(2.0)
+    torch.relu_(h)
+    return net.b(net.n(h))
+
+
+def factor_assigned(net: Net, x: Tensor) -> Tensor:
+    return net.b(net.n(F.relu(net.a(x) * 2.0)))
+
+
+@each_how
+@pytest.mark.parametrize("variant", ["local", "full"])
+@pytest.mark.parametrize(
+    ("statement", "assigned"),
+    [
+        (relu_as_a_statement, relu_assigned),
+        (relu_method_as_a_statement, relu_assigned),
+        (relu_with_a_flag, relu_assigned),
+        (factor_as_a_statement, factor_assigned),
+    ],
+)
+def test_in_place_statements(statement: Callable, assigned: Callable, variant: str, how: str) -> None:
+    nets = [wrapped(Net(way), how, variant=variant) for way in (statement, assigned)]
+    for _ in range(2):  # the first forward shows what is changed in place
+        for net in nets:
+            net.zero_grad()
+            (net(image()).square().mean() + net.reverse_loss).backward()
+        torch.testing.assert_close(nets[0].reverse_loss, nets[1].reverse_loss)
+        for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)

@@ -86,6 +86,8 @@ class _Reader:
         else:
             self._function(node, inputs)
         self.places[node] = len(self.network.calls) - 1
+        if node.args and isinstance(node.args[0], fx.Node) and self._in_place(node):
+            self.places[node.args[0]] = self.places[node]  # who reads it from here on reads what was made of it
 
     def _on_a_constant(self, name: str) -> None:
         """A use of a weight that counts, and is no layer."""
@@ -93,6 +95,12 @@ class _Reader:
         if calls.family_of_module(module) is Family.TIED:
             call = Call(name, Family.TIED, (), reason=NOT_OF_THE_INPUT, owner=(module, "weight"))
             self.network.add(call)
+
+    def _in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self.model.get_submodule(str(node.target)), "inplace", False))
+        func = getattr(torch.Tensor, str(node.target), node.target) if node.op == "call_method" else node.target
+        return calls.works_in_place(func, node.kwargs)
 
     # ------------------------------------------------------------------ modules
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 class Step(NamedTuple):
     """One call on the way: what it was called with, as far as the reverse needs that.
 
-    `kind`: which norm, activation or pooling it is; `x`: its input, of pooling, up-sampling and dropout alone; `tensors`:
-    of a norm its scale, shift and running statistics, of PReLU its slopes; `training`: whether a norm took statistics.
+    `kind`: which norm, activation or pooling it is; `x`: its input, of pooling, up-sampling and dropout alone;
+    `tensors`: of a norm its scale, shift and running statistics, of PReLU its slopes; `training`: whether a norm took
+    statistics.
     """
 
     family: Family
@@ -174,17 +175,20 @@ class Watch(CallMode):
             return self._tied(func, args, kwargs)
         x = args[0] if args else kwargs["input"]
         trail = self.trails.of(x)  # before the call, which may change x in place
-        if family is not Family.LATENT and (calls.works_in_place(func, kwargs) or (len(args) > 3 and args[3] is True)):
+        given, in_place = x, calls.works_in_place(func, kwargs) or (len(args) > 3 and args[3] is True)
+        if family is not Family.LATENT and in_place:
             x = x.clone()  # a dropout in place: d is what was there before
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):  # pooling that returns indices
             return result
         if family is Family.LATENT:
-            return self._went_on(self._latent(trail, calls.kind_of(func), func, args, kwargs), result)
+            trail = self._latent(trail, calls.kind_of(func), func, args, kwargs)
+            return self._went_on(trail, result, given if in_place else None)
         layer, ahead = self._on_the_way(trail, family)
         behind = trail.behind if family is Family.SILENT else -1
         steps = (*trail.steps, Step(family, calls.kind_of(func), x))
-        return self._went_on(Trail(steps, layer, ahead, behind, trail.handed_on, trail.tied), result)
+        trail = Trail(steps, layer, ahead, behind, trail.handed_on, trail.tied)
+        return self._went_on(trail, result, given if in_place else None)
 
     def _other(self, func: Any, x: Tensor, kwargs: dict[str, Any], result: Any) -> None:
         """A call of no family has read x: what it wrote there, or gave back as it is, did not come the same way."""
@@ -207,12 +211,17 @@ class Watch(CallMode):
         """What a call would have given that torch.compile does not hand to a mode, `UNSEEN` has which."""
         return self._went_on(self._latent(self.trails.of(x), kind, None, (), {}), result)
 
-    def _went_on(self, trail: Trail, result: Tensor) -> Tensor:
-        """Remembers where a result came from, and runs the reverse of the layer whose y it is."""
+    def _went_on(self, trail: Trail, result: Tensor, changed: Tensor | None = None) -> Tensor:
+        """Remembers where a result came from, and runs the reverse of the layer whose y it is.
+
+        `changed`: what was changed in place into the result, which the forward may go on with instead.
+        """
         if trail.layer >= 0 and trail.ahead == 0:
             result = self.engine.left(trail.layer, result, self.run)
             trail = trail._replace(layer=-1, behind=self._ends(trail.layer))
         self.trails.set(result, trail)
+        if changed is not None and changed is not result:
+            self.trails.set(changed, trail)
         return result
 
     def _latent(self, trail: Trail, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trail:
