@@ -22,9 +22,10 @@ from torch.nn import functional as F
 import racecar
 from racecar.bench import machine
 from racecar.data import load_images
-from racecar.demo.contestants import fresh_network
+from racecar.demo.network import fresh_network
 from racecar.demo.settings import Settings
-from racecar.demo.tasks import Task, labelled, tasks_of
+from racecar.demo.tasks import tasks_of
+from racecar.experiments.tasks import Task, labelled
 from racecar.measure import ratios, step_times
 from racecar.schedules import LamSchedule, constant, every
 from racecar.transfer import new_head

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import racecar
-from racecar.demo.contestants import fresh_network
+from racecar.demo.network import fresh_network
 from racecar.training import CheckpointError, load_checkpoint, save_checkpoint
 
 

@@ -11,13 +11,16 @@ from torch import nn
 from toys import halves, same_runs, tiny
 
 from racecar.data import DataError, load_images
-from racecar.demo.contestants import CONTESTANTS, chosen, fresh_network, small_convolutional_network
 from racecar.demo.experiment import Listener, device_of, run_demo
-from racecar.demo.jobs import Job, Workplace
+from racecar.demo.network import fresh_network, small_convolutional_network
 from racecar.demo.results import PHASES, load_results
 from racecar.demo.settings import Settings
-from racecar.demo.tasks import fingerprint, labelled, part_of_each_class, tasks_of
+from racecar.demo.tasks import tasks_of
+from racecar.demo.workplace import Workplace
+from racecar.experiments.contestants import CONTESTANTS, chosen
 from racecar.experiments.folder import SettingsError
+from racecar.experiments.jobs import Job
+from racecar.experiments.tasks import fingerprint, labelled, part_of_each_class
 from racecar.training import load_checkpoint
 
 # --- settings

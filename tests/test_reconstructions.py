@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import racecar
 from racecar.analysis import MutualInformationPlane, reconstructions, reversibility
 from racecar.analysis.reconstructions import fit
-from racecar.demo.contestants import fresh_network
+from racecar.demo.network import fresh_network
 
 
 def orthogonal_chain(n: int = 3, width: int = 6) -> nn.Sequential:

@@ -19,8 +19,8 @@ from racecar.demo.experiment import Listener, run_demo
 from racecar.demo.folder import read_state, settings_to_resume
 from racecar.demo.results import load_results
 from racecar.demo.settings import Settings
-from racecar.demo.workers import WorkerDiedError
 from racecar.experiments.folder import SettingsError, locked
+from racecar.experiments.workers import WorkerDiedError
 
 
 def stop_at(name: str, error: BaseException):

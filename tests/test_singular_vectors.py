@@ -11,7 +11,7 @@ from torch import nn
 
 import racecar
 from racecar.analysis import data_modes, layer_modes, singular_vectors
-from racecar.demo.contestants import fresh_network
+from racecar.demo.network import fresh_network
 
 SHAPE = (2, 4, 5)
 

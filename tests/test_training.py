@@ -21,8 +21,8 @@ from toys import halves, task_of
 
 import racecar
 from racecar.baselines import srip
-from racecar.demo.contestants import fresh_network
 from racecar.demo.experiment import cpu_threads
+from racecar.demo.network import fresh_network
 from racecar.training import Batches, History, HistoryError, Phase, TrainingError, load_checkpoint, run_phase
 from racecar.training.batches import SeededEpochs, mixed
 

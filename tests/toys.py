@@ -8,7 +8,7 @@ import numpy as np
 
 from racecar.data import load_images
 from racecar.demo.settings import Settings
-from racecar.demo.tasks import Task
+from racecar.experiments.tasks import Task
 
 
 def halves(folder: Path, count: int = 60, side: int = 6, channels: int = 1) -> Path:

@@ -130,8 +130,8 @@ def demo(
         from .demo.folder import settings_to_resume
         from .demo.settings import Settings
         from .demo.terminal import run_in_terminal
-        from .demo.workers import WorkerDiedError
         from .experiments.folder import SettingsError
+        from .experiments.workers import WorkerDiedError
         from .training import CheckpointError, HistoryError, TrainingError
     except ModuleNotFoundError as error:
         fail(f"the demo needs {error.name}, which is not installed: pip install 'racecar-kernels[demo]'", code=1)

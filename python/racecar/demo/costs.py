@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..baselines import autoencoder_stages
+from ..experiments.contestants import Contestant, chosen
+from ..experiments.tasks import Task
 from ..measure import kept_bytes, peak_bytes, ratios, step_times
-from .contestants import Contestant, chosen
 from .results import Cost
 from .settings import Settings
-from .tasks import Task
 
 Forward = Callable[[], Tensor]
 

@@ -10,9 +10,10 @@ from torch import nn
 from racecar_kernels import describe
 
 from ..analysis import LayerReversibility, data_modes, layer_modes, reconstructions, reversibility
-from .contestants import chosen
-from .jobs import Job, Workplace
+from ..experiments.contestants import chosen
+from ..experiments.jobs import Job
 from .results import LayerError, Pictures, Reconstruction, Results
+from .workplace import Workplace
 
 SHOWN = 10  # images and patterns per row of a picture
 

@@ -15,17 +15,19 @@ import torch
 import racecar
 
 from ..data import ImageData, load_images
+from ..experiments.contestants import chosen
 from ..experiments.folder import SettingsError, locked, prepare
+from ..experiments.jobs import Job
+from ..experiments.tasks import fingerprint
 from ..experiments.threads import cpu_threads
-from .contestants import chosen
+from ..experiments.workers import run_jobs
 from .costs import measure_costs
 from .examine import examine
 from .folder import RUNS, begin, end
-from .jobs import Job, Workplace
 from .results import PHASES, Pictures, Results, save_results
 from .settings import Settings
-from .tasks import fingerprint, tasks_of
-from .workers import run_jobs
+from .tasks import tasks_of
+from .workplace import Workplace, result_of
 
 MAX_SIDE = 32  # a longer side is shrunk to it: what two CPU cores finish in a few minutes
 LARGE = 64  # from a longer side above this on, what comes before the first training step is announced
@@ -146,7 +148,7 @@ def gather(place: Workplace, data: ImageData, device: torch.device, listener: Li
         data=describe_data(data, place),
         settings=asdict(settings),
         versions=describe_versions(device),
-        runs=[job.result(phase) for job in jobs_of(place) for phase in PHASES],
+        runs=[result_of(job, phase) for job in jobs_of(place) for phase in PHASES],
     )
     pictures: Pictures = {}
     listener.stage("reconstructions, patterns, layers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..data import DIGITS, ImageData
 from ..experiments.folder import SettingsError
@@ -88,6 +89,11 @@ class Settings:
             raise SettingsError(f"angle must be a number of degrees, got {self.angle}")
         if self.accelerator not in ("cpu", "gpu", "auto"):
             raise SettingsError(f"accelerator must be cpu, gpu or auto, got {self.accelerator}")
+
+    @property
+    def wrapping(self) -> dict[str, Any]:
+        """How phase I is wrapped, beside λ."""
+        return {"reduction": "mean"}
 
     @property
     def image_limits(self) -> tuple[int | None, int | None]:

@@ -42,8 +42,9 @@ class Call:
     @property
     def kind(self) -> str:
         """Which norm, activation or pooling it is; its family's name for what is neither."""
-        known = self.module is not None and self.family in (Family.LATENT, Family.PRE)
-        return calls.kind_of_module(self.module) if known else self.family.value
+        if self.module is None or self.family not in (Family.LATENT, Family.PRE):
+            return self.family.value
+        return calls.kind_of_module(self.module)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Runs jobs side by side, one process each, with one progress for all of them.
 
-A step of this small network takes a millisecond and gains nothing from a second thread; a second process doubles the
+A step of a small network takes a millisecond and gains nothing from a second thread; a second process doubles the
 speed. Jobs do not depend on each other, and what each leaves on the disk is all that comes back.
 """
 
@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from .contestants import Contestant
-from .jobs import Job, Workplace
+from .jobs import Job
 
 POLL_S = 0.1
 
-_PLACE: Workplace | None = None
+_JOBS: list[Job] = []
 _NEWS: Any = None
 
 
@@ -44,7 +43,7 @@ def run_jobs(
     """Runs all jobs, in this process if one worker is enough.
 
     Args:
-        jobs: what to run; all of one workplace.
+        jobs: what to run; of one place, which goes to every process once.
         workers: processes at a time.
         threads: CPU threads of each.
         stage, advance: are told what begins, and steps done.
@@ -60,11 +59,11 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=begin_worker, initargs=(jobs[0].place, threads, news)
+        min(workers, len(jobs)), mp_context=context, initializer=begin_worker, initargs=(jobs, threads, news)
     )
     try:
         with ignored_interrupts():  # a new process begins with what its parent does about the signal
-            futures = [pool.submit(run_one, job.contestant, job.seed) for job in jobs]
+            futures = [pool.submit(run_one, i) for i in range(len(jobs))]
         follow(futures, news, stage, advance)
     except BrokenProcessPool as error:
         raise WorkerDiedError("a worker process was killed, perhaps for want of memory") from error
@@ -107,27 +106,25 @@ def follow(
             future.result()
 
 
-def begin_worker(place: Workplace, threads: int, news: Any) -> None:
+def begin_worker(jobs: list[Job], threads: int, news: Any) -> None:
     """First thing in a worker."""
-    global _PLACE, _NEWS
-    _PLACE, _NEWS = place, news
+    global _JOBS, _NEWS
+    _JOBS, _NEWS = jobs, news
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process answers it
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """Ends a worker whose parent was killed, lest it write into a folder that a resumed demo works in."""
+    """Ends a worker whose parent was killed, lest it write into a folder that a resumed run works in."""
     parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def run_one(contestant: Contestant, seed: int) -> None:
+def run_one(index: int) -> None:
     """One job in a worker. Steps are reported a few at a time: a message costs as much as a small step."""
-    if _PLACE is None:
-        raise RuntimeError("run_one belongs into a worker process that begin_worker has prepared")
     gathered = 0
 
     def advance(steps: int) -> None:
@@ -137,5 +134,5 @@ def run_one(contestant: Contestant, seed: int) -> None:
             _NEWS.put(gathered)
             gathered = 0
 
-    Job(_PLACE, contestant, seed).run(_NEWS.put, advance)
+    _JOBS[index].run(_NEWS.put, advance)
     _NEWS.put(gathered)

@@ -1,18 +1,30 @@
-"""Who competes in the demo: one network, trained in several ways. A new rival is one more entry of `CONTESTANTS`."""
+"""Who competes: one network, trained in several ways. A new rival is one more entry of `CONTESTANTS`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 import racecar
 
 from ..baselines import srip
-from ..experiments.folder import SettingsError
-from .settings import Settings
+from .folder import SettingsError
+
+
+class Factors(Protocol):
+    """What an experiment sets of phase I: λ, the factor of the penalty, further arguments of `racecar.wrap`."""
+
+    @property
+    def lam(self) -> float: ...
+
+    @property
+    def ort(self) -> float: ...
+
+    @property
+    def wrapping(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class Contestant:
         compared: so many layers, from the input, are compared; None: all.
         orthogonal: whether the kernels are kept nearly orthogonal.
         greedy: whether phase I trains autoencoders layer by layer, without labels.
+        as_long_as: the contestant whose phase I takes as much time: as many epochs more as that one's step is slower.
+        pretrained: False: there is no phase I, and the target task begins with fresh weights.
     """
 
     name: str
@@ -36,27 +50,29 @@ class Contestant:
     compared: int | None = None
     orthogonal: bool = False
     greedy: bool = False
+    as_long_as: str | None = None
+    pretrained: bool = True
 
     @property
     def reverse(self) -> bool:
         """Whether the reverse loss takes part in phase I."""
         return self.variant is not None
 
-    def prepare(self, network: nn.Sequential, settings: Settings) -> nn.Module:
+    def prepare(self, network: nn.Module, factors: Factors) -> nn.Module:
         """The network as it goes into phase I: wrapped in place where the reverse loss takes part."""
         if self.variant is None:
             return network
-        return racecar.wrap(network, lam=settings.lam, variant=self.variant, layers=self.compared, reduction="mean")
+        return racecar.wrap(network, lam=factors.lam, variant=self.variant, layers=self.compared, **factors.wrapping)
 
-    def penalty(self, settings: Settings) -> Callable[[nn.Module], Tensor] | None:
+    def penalty(self, factors: Factors) -> Callable[[nn.Module], Tensor] | None:
         """What joins the loss of phase I beside the reverse loss."""
         if not self.orthogonal:
             return None
-        return lambda network: settings.ort * srip(network, side="smaller")
+        return lambda network: factors.ort * srip(network, side="smaller")
 
-    def release(self, network: nn.Module) -> nn.Sequential:
+    def release(self, network: nn.Module) -> nn.Module:
         """The plain network after phase I, the same object."""
-        return network.unwrap() if self.reverse else network  # type: ignore[operator,return-value]
+        return network.unwrap() if self.reverse else network  # type: ignore[operator,no-any-return]
 
 
 CONTESTANTS = (
@@ -82,37 +98,3 @@ def chosen(models: str) -> tuple[Contestant, ...]:
         have = ", ".join(contestant.key for contestant in CONTESTANTS)
         raise SettingsError(f"models must be some of {have}, got {models!r}")
     return tuple(c for c in CONTESTANTS if not keys or c is CONTESTANTS[0] or c.key.lower() in keys)
-
-
-def small_convolutional_network(image_shape: tuple[int, int, int], classes: int, width: int = 32) -> nn.Sequential:
-    """Three 3×3 convolutions with ReLU, pooling between them where the size allows, and a linear head.
-
-    A small sibling of the MNIST network in Table 9 of the 2020 paper.
-
-    Args:
-        image_shape: (channels, height, width) of the input.
-        classes: outputs of the head.
-        width: channels of every convolution.
-
-    Returns:
-        A chain: (images, channels, height, width) -> (images, classes).
-    """
-    channels, height, columns = image_shape
-    layers: list[nn.Module] = []
-    for m in range(3):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-        channels = width
-        if m < 2 and min(height, columns) >= 4:
-            layers.append(nn.MaxPool2d(2))
-            height, columns = height // 2, columns // 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * height * columns, classes))
-
-
-def fresh_network(image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Sequential:
-    """The network with the initial weights of a seed, the same for every contestant; the global seed is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = small_convolutional_network(image_shape, classes)
-    # Steps take a third less time so on a CPU, at 8×8 and at 28×28. PyTorch's stub lacks the keyword.
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network
