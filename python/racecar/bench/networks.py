@@ -81,9 +81,9 @@ def conv_chain(
     return channels_last(nn.Sequential(*modules))
 
 
-def mnist(divisor: int) -> nn.Sequential:
+def mnist(divisor: int, channels: int = 1) -> nn.Sequential:
     """MNIST network (Table 9 of the 2020 paper)."""
-    return conv_chain(1, [64, POOL, 64, POOL, 1], divisor)
+    return conv_chain(channels, [64, POOL, 64, POOL, 1], divisor)
 
 
 def cifar(divisor: int) -> nn.Sequential:

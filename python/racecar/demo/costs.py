@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from ..baselines import autoencoder_stages
-from ..experiments.contestants import Contestant, chosen
+from ..experiments.contestants import chosen
+from ..experiments.steps import one_after_another, parts_of, step_of
 from ..experiments.tasks import Task
 from ..measure import kept_bytes, peak_bytes, ratios, step_times
 from .results import Cost
 from .settings import Settings
-
-Forward = Callable[[], Tensor]
 
 
 def measure_costs(
@@ -67,43 +62,3 @@ def measure_costs(
         )
         for name, ratio in ratios(times, base).items()
     }
-
-
-def parts_of(
-    contestant: Contestant, network: nn.Sequential, settings: Settings, x: Tensor, y: Tensor
-) -> list[tuple[Forward, list[nn.Parameter]]]:
-    """Forward passes of phase I, each to its loss, with the parameters that it trains."""
-    if contestant.greedy:
-        stages = autoencoder_stages(network, x[:1], seed=0)
-        return [(partial(stage.loss, x), list(stage.trained_parameters())) for stage in stages]
-    penalty = contestant.penalty(settings)
-    prepared: Any = contestant.prepare(network, settings)
-
-    def run() -> Tensor:
-        loss = F.cross_entropy(prepared(x), y)
-        if contestant.reverse:
-            loss = loss + prepared.reverse_loss
-        return loss if penalty is None else loss + penalty(prepared)
-
-    return [(run, list(network.parameters()))]
-
-
-def step_of(run: Forward, optimiser: torch.optim.Optimizer) -> Callable[[], object]:
-    """One whole training step."""
-
-    def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
-        run().backward()
-        optimiser.step()
-
-    return step
-
-
-def one_after_another(steps: Iterable[Callable[[], object]]) -> Callable[[], object]:
-    """All of them as one."""
-
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return run

@@ -72,7 +72,7 @@ class Contestant:
 
     def release(self, network: nn.Module) -> nn.Module:
         """The plain network after phase I, the same object."""
-        return network.unwrap() if self.reverse else network  # type: ignore[operator,no-any-return]
+        return network.unwrap() if self.reverse else network  # type: ignore[operator]
 
 
 CONTESTANTS = (
@@ -83,6 +83,9 @@ CONTESTANTS = (
     Contestant("RR", "RR", "full reverse pass, all layers compared", variant="full"),
     Contestant("RR local", "RRlocal", "reverse pass layer by layer", variant="local"),
 )
+
+STD_FOR_LONG = Contestant("Std, same time", "Stdlong", "plain training for as long as RR takes", as_long_as="RR")
+SCRATCH = Contestant("from scratch", "scratch", "no phase I", pretrained=False)
 
 
 def chosen(models: str) -> tuple[Contestant, ...]:

@@ -23,21 +23,25 @@ app = typer.Typer(
 )
 
 
-class EpochsPerSecond(ProgressColumn):
+class Speed(ProgressColumn):
     """How fast it goes, from the last seconds."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} epochs/s")
+        return Text("" if speed is None else f"{speed:.1f} {self.unit}/s")
 
 
-def progress_bar(console: Console) -> Progress:
-    """What is being done, epochs done of all epochs, speed, time left; not started yet."""
+def progress_bar(console: Console, unit: str) -> Progress:
+    """What is being done, how much is done of how much, speed, time left; not started yet."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        EpochsPerSecond(),
+        Speed(unit),
         TimeRemainingColumn(),
         console=console,
         refresh_per_second=2,
@@ -47,12 +51,12 @@ def progress_bar(console: Console) -> Progress:
 def run_in_terminal(recipe: Recipe, settings: Any, folder: Any, console: Console, **options: Any) -> None:
     """Runs a recipe under a progress bar and prints its table."""
     listener = recipe.part("Listener")
-    progress = progress_bar(console)
+    progress = progress_bar(console, recipe.unit)
     bar = progress.add_task("", total=None)
 
     def plan(epochs: int, done: int) -> None:
         if done:
-            console.print(f"{done} of {epochs} epochs are kept from before.", highlight=False)
+            console.print(f"{done} of {epochs} {recipe.unit} are kept from before.", highlight=False)
         progress.update(bar, total=epochs - done)
         progress.start()
 
@@ -144,6 +148,7 @@ def run(
     try:
         from ..data import DataError
         from ..experiments.folder import SettingsError
+        from ..experiments.workers import WorkerDiedError
         from .folder import CHECKPOINT, RunFolder
     except ModuleNotFoundError as error:
         fail(f"recipes need {error.name}, which is not installed: pip install 'racecar-kernels[demo]'", code=1)
@@ -172,6 +177,8 @@ def run(
         fail(str(error), code=2)
     except OSError as error:
         fail(f"cannot write {error.filename or f'into {out}'}: {error.strerror or error}; {kept()}", code=1)
+    except WorkerDiedError as error:
+        fail(f"{error}; {kept()}", code=1)
     except KeyboardInterrupt:
         Console(stderr=True).print(f"[bold red]stopped[/] before the end; {escape(kept())}", soft_wrap=True)
         raise typer.Exit(130) from None

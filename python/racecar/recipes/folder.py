@@ -25,7 +25,7 @@ from ..experiments.folder import SettingsError, prepare
 from ..training.history import replace_text
 
 STATE, CHECKPOINT, RESULTS, TABLE = "run.json", "checkpoint.pt", "results.json", "table.md"
-FREE = ("save_every_s", "threads")  # settings that do not change the figures
+FREE = ("save_every_s", "threads", "workers")  # settings that do not change the figures
 
 
 class RunFolder:
