@@ -43,6 +43,7 @@ def tasks(settings: Settings, data: Path | None) -> Tasks:
         of=of,
         classes=dict.fromkeys(of, len(read.classes)),
         source=read.describe(),
+        as_published=read.image_shape == (1, 28, 28),
         notes=(*read.notes, f"Task B: the same images, blurred over {length:.3g} pixels at {ANGLE:g}°."),
         fingerprint=fingerprint({"A": a}),
     )

@@ -54,6 +54,7 @@ class Recipe:
 
 
 TABLE_9 = {"input_activation": "relu"}  # of the 2020 paper: applied to what comes back at the input
+RESIDUAL = {"learning_rate": 0.1, "batch_size": 128}  # He et al. 2016
 
 RECIPES = {
     recipe.name: recipe
@@ -96,6 +97,73 @@ RECIPES = {
                 "cpu": {"limit": 10000, "test_limit": 10000, "epochs": 6, "transfer_epochs": 6, **TABLE_9},
                 "paper": {"epochs": 20, "transfer_epochs": 20, **TABLE_9},
                 "quick": {"seeds": 2, "limit": 200, "test_limit": 100, "epochs": 2, "transfer_epochs": 1, **TABLE_9},
+            },
+            unit="steps",
+        ),
+        Recipe(
+            name="cifar",
+            shows="Whether what CIFAR-10 teaches helps with other classes.",
+            paper="Xie & Thuerey 2020, Tables 5 and 11",
+            data="A folder with the official files of CIFAR-10, and of CIFAR-100; or an image folder, whose classes "
+            "are shared out between both tasks. \\[default: a stand-in, only to see that it runs]",
+            module="cifar",
+            presets={
+                "cpu": {"limit": 4000, "test_limit": 2000, "epochs": 10, "transfer_epochs": 10, "divisor": 4},
+                "paper": {"epochs": 50, "transfer_epochs": 50},
+                "quick": {
+                    "seeds": 2,
+                    "limit": 40,
+                    "test_limit": 40,
+                    "epochs": 2,
+                    "transfer_epochs": 1,
+                    "divisor": 8,
+                    "batch_size": 16,
+                },
+            },
+            unit="steps",
+        ),
+        Recipe(
+            name="resnet110",
+            shows="Whether a local reverse pass helps a deep residual network, on newer photographs as well.",
+            paper="Xie et al. 2021, ResNet-110 on CIFAR-10 and CIFAR-10.1",
+            data="A folder with the official files of CIFAR-10, and of CIFAR-10.1; or an image folder. "
+            "\\[default: a stand-in, only to see that it runs]",
+            module="resnet110",
+            presets={
+                "cpu": {"seeds": 3, "limit": 4000, "test_limit": 2000, "epochs": 12, "blocks": 3, **RESIDUAL},
+                "paper": {"epochs": 164, **RESIDUAL},
+                "quick": {
+                    "seeds": 2,
+                    "limit": 40,
+                    "test_limit": 40,
+                    "epochs": 2,
+                    "divisor": 4,
+                    "blocks": 1,
+                    **RESIDUAL,
+                },
+            },
+            unit="steps",
+        ),
+        Recipe(
+            name="texture-shape",
+            shows="Whether a network sees shapes through textures of other objects.",
+            paper="Xie et al. 2021, on the stylised images of Geirhos et al. 2019",
+            data="The stylised images as a folder or zip of class folders, or a folder with them, edges and "
+            "filled-silhouettes in it. \\[default: a stand-in, only to see that it runs]",
+            module="texture_shape",
+            presets={
+                "cpu": {"seeds": 3, "size": 32, "epochs": 20, "transfer_epochs": 20, "divisor": 4},
+                "paper": {"size": 128, "epochs": 100, "transfer_epochs": 100},
+                "quick": {
+                    "seeds": 2,
+                    "limit": 40,
+                    "test_limit": 40,
+                    "size": 16,
+                    "epochs": 2,
+                    "transfer_epochs": 1,
+                    "divisor": 8,
+                    "batch_size": 16,
+                },
             },
             unit="steps",
         ),

@@ -112,6 +112,7 @@ class Tasks:
         of: leg -> its task; legs may share one.
         classes: leg -> how many. fresh: legs whose classes are others than phase I's: they begin with a fresh head.
         source: where the images are from, in words. notes: what was done to them, a sentence each.
+        as_published: whether they are the paper's, so that its figures may stand beside those found here.
         further: column of the table -> leg whose network is tested once more, images, labels.
         fingerprint: tells other data apart.
     """
@@ -121,6 +122,7 @@ class Tasks:
     source: str
     fresh: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    as_published: bool = True
     further: Mapping[str, tuple[str, Tensor, Tensor]] = field(default_factory=dict)
     fingerprint: int = 0
 

@@ -133,7 +133,7 @@ def results_of(site: Site, folder: RunFolder, state: Mapping[str, Any]) -> dict[
         "seconds": state["seconds"],
         "training seconds": trained,
         "step time over Std's": state["slower"],
-        "paper": study.paper,
+        "paper": study.paper if site.tasks.as_published else {},
         "accuracy": accuracy,
         "curves": curves,
     }
@@ -162,7 +162,7 @@ def table_page(study: Study, content: Mapping[str, Any]) -> str:
             f"# {study.recipe}: {study.title}, {'validation' if settings['validate'] else 'test'} accuracy, "
             f"{seeds} seed{'s' if seeds > 1 else ''}, preset {settings['preset']}",
             "",
-            comparison(study.paper, content["accuracy"], columns),
+            comparison(content["paper"], content["accuracy"], columns),
             "",
             "Paper: as cited in the documentation; – where it has no figure. Here: mean ± standard deviation over the "
             "seeds; differences paired over the seeds, p of a t-test after Holm's correction.",

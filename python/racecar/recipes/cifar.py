@@ -1,0 +1,111 @@
+"""Recipe `cifar`: CIFAR-10, then CIFAR-100, or one half of CIFAR-10's classes and then the other.
+
+Xie & Thuerey 2020, Tables 5 and 11: 13 convolutions with batch norm learn CIFAR-10 (A) in several ways, and go on, on
+CIFAR-10 (AA) and on CIFAR-100 (AB). Table 11 also normalises what comes back at the input, with parameters that the
+forward pass lacks; Eq. 24 of the 2021 paper does not, and neither does this recipe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..data import ImageData, load_images
+from ..experiments.contestants import CONTESTANTS, SCRATCH, STD_FOR_LONG
+from ..experiments.jobs import Leg
+from ..experiments.tasks import Task, fingerprint
+from .folder import RunFolder
+from .listener import Listener
+from .networks import cifar_network
+from .picture_sets import part_of, stand_in, task_of
+from .study import PHASE_I, Settings, Study, Tasks
+from .study_results import run_study
+
+__all__ = ["STUDY", "Listener", "Settings", "run"]
+
+SIDE = 32
+CIFAR_10 = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+CIFAR_100 = ("cifar-100-python", "cifar-100-binary", "cifar-100-python.tar.gz", "cifar-100-binary.tar.gz")
+
+
+def official(data: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of the published files that lies there; the path itself where it is one of them."""
+    if data.name in names:
+        return data
+    return next((data / name for name in names if (data / name).exists()), None)
+
+
+def first_task(settings: Settings, data: Path | None) -> ImageData:
+    """CIFAR-10, from wherever it is."""
+    if data is None:
+        return stand_in(settings.limit, settings.test_limit, SIDE)
+    data = data.expanduser()
+    return read_images(official(data, CIFAR_10) or data, settings)
+
+
+def read_images(source: Path, settings: Settings) -> ImageData:
+    """At the size of CIFAR, limited as the settings say."""
+    return load_images(source, limit=settings.limit or None, test_limit=settings.test_limit or None, size=SIDE)
+
+
+def tasks(settings: Settings, data: Path | None) -> Tasks:
+    """A and B: CIFAR-10 and CIFAR-100 where the user has both, else both halves of the classes."""
+    first = first_task(settings, data)
+    hundred = None if data is None else official(data.expanduser(), CIFAR_100)
+    if hundred is not None:
+        second = read_images(hundred, settings)
+        a, b, sizes = task_of(first), task_of(second), (len(first.classes), len(second.classes))
+        note = f"Task B: {second.describe()}."
+    else:
+        half = (len(first.classes) + 1) // 2
+        a, b = (part_of(task_of(first), labels) for labels in (range(half), range(half, len(first.classes))))
+        sizes = (half, len(first.classes) - half)
+        note = (
+            f"No CIFAR-100 beside it, so that the tasks are others than the paper's: A is "
+            f"{', '.join(first.classes[:half])}; B is {', '.join(first.classes[half:])}."
+        )
+    of: dict[str, Task] = {PHASE_I: a, "AA": a, "AB": b}
+    return Tasks(
+        of=of,
+        classes={PHASE_I: sizes[0], "AA": sizes[0], "AB": sizes[1]},
+        fresh=frozenset({"AB"}),
+        source=first.describe(),
+        as_published=data is not None,
+        notes=(*first.notes, note),
+        fingerprint=fingerprint({"A": a, "B": b}),
+    )
+
+
+_STD, _ORT, _, _, _RR, _ = CONTESTANTS
+STUDY = Study(
+    recipe="cifar",
+    title="CIFAR-10, then other classes",
+    legs=(Leg(PHASE_I, "I"), Leg("AA", "AA", PHASE_I), Leg("AB", "AB", PHASE_I)),
+    columns={PHASE_I: "A", "AA": "AA", "AB": "AB"},
+    models=(_STD, _ORT, _RR, STD_FOR_LONG, SCRATCH),
+    network=cifar_network,
+    tasks=tasks,
+    paper={"Std": {"AA": 0.805, "AB": 0.183}, "RR": {"AA": 0.856, "AB": 0.276}, SCRATCH.name: {"AB": 0.253}},
+    explained="Paper's AB: CIFAR-100. A: with the pretraining. AA: on with A without it. AB: on with B, with a fresh "
+    "last layer. From scratch: AB with fresh weights. Std, same time: so many epochs more in A that they take as long "
+    "as RR's.",
+    scratch=("AB",),
+)
+
+
+def run(
+    settings: Settings, folder: RunFolder, *, data: Path | None = None, command: str = "", resume: bool = False,
+    overwrite: bool = False, listener: Listener | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs the recipe or goes on with it; writes `runs/`, `results.json`, `table.md` and `curves.png`.
+
+    Args:
+        settings: what to do.
+        folder: where to.
+        data: a folder with the official files of CIFAR-10, and of CIFAR-100 for task B; or an image folder; None: a
+            stand-in, only to see that it runs.
+        command, resume, overwrite, listener: see `racecar.recipes.study_results.run_study`, for the errors as well.
+    """
+    return run_study(
+        STUDY, settings, folder, data=data, command=command, resume=resume, overwrite=overwrite, listener=listener
+    )
