@@ -1,15 +1,17 @@
-"""Image data from what users have: MNIST files, image folders and zips, `.npz`, scikit-learn's digits."""
+"""Image data from what users have: MNIST and CIFAR files, image folders and zips, `.npz`, scikit-learn's digits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from .arrays import digits_source, idx_source, npz_source
+from .augment import crop_and_flip
 from .blur import motion_blur, motion_kernel
+from .cifar import cifar10_1, cifar_files, cifar_source
 from .folders import Sizing, folder_source
 from .images import DataError, ImageData, Source, assemble
 
-__all__ = ["DataError", "ImageData", "load_images", "motion_blur", "motion_kernel"]
+__all__ = ["DataError", "ImageData", "cifar10_1", "crop_and_flip", "load_images", "motion_blur", "motion_kernel"]
 
 DIGITS = "digits"
 
@@ -28,9 +30,10 @@ def load_images(
 
     Args:
         source: `"digits"` (scikit-learn's), or a path to: a folder with the official MNIST files
-            (`train-images-idx3-ubyte`, plain or .gz), a folder of class folders, optionally below train/ and test/,
-            a zip of one, a folder with train.zip and test.zip, or an .npz with x_train, y_train, x_test, y_test
-            (or x, y).
+            (`train-images-idx3-ubyte`, plain or .gz); the official CIFAR-10 or CIFAR-100 files (their folder, the
+            folder that it lies in, or the .tar.gz; CIFAR-10 where both are there); a folder of class folders,
+            optionally below train/ and test/, a zip of one, a folder with train.zip and test.zip; or an .npz with
+            x_train, y_train, x_test, y_test (or x, y).
         limit: at most so many training images, drawn class by class; None for all.
         test_limit: at most so many test images; None: half of `limit`, or all.
         size: image files are cropped to their centre square and resized to size×size pixels; None keeps them.
@@ -64,6 +67,9 @@ def recognise(source: str | Path, sizing: Sizing) -> Source:
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(f"no such file or folder: {path} (give a path, or '{DIGITS}' for scikit-learn's digits)")
+    cifar = cifar_files(path)
+    if cifar is not None:
+        return cifar_source(*cifar)
     if path.is_dir():
         has_idx = any(path.glob("*-ubyte")) or any(path.glob("*-ubyte.gz"))
         return idx_source(path) if has_idx else folder_source(path, sizing)
@@ -72,6 +78,6 @@ def recognise(source: str | Path, sizing: Sizing) -> Source:
     if path.suffix.lower() == ".zip":
         return folder_source(path, sizing)
     raise DataError(
-        f"{path}: unknown kind of data; expected a folder (official MNIST files, or class/image), "
+        f"{path}: unknown kind of data; expected a folder (official MNIST or CIFAR files, or class/image), "
         f"a .zip of one, or an .npz"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import ImageData, load_images
+from ..data.cifar import cifar_files
 from ..experiments.contestants import CONTESTANTS, SCRATCH, STD_FOR_LONG
 from ..experiments.jobs import Leg
 from ..experiments.tasks import Task, fingerprint
@@ -24,15 +25,6 @@ from .study_results import run_study
 __all__ = ["STUDY", "Listener", "Settings", "run"]
 
 SIDE = 32
-CIFAR_10 = ("cifar-10-batches-py", "cifar-10-batches-bin", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
-CIFAR_100 = ("cifar-100-python", "cifar-100-binary", "cifar-100-python.tar.gz", "cifar-100-binary.tar.gz")
-
-
-def official(data: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of the published files that lies there; the path itself where it is one of them."""
-    if data.name in names:
-        return data
-    return next((data / name for name in names if (data / name).exists()), None)
 
 
 def first_task(settings: Settings, data: Path | None) -> ImageData:
@@ -40,7 +32,8 @@ def first_task(settings: Settings, data: Path | None) -> ImageData:
     if data is None:
         return stand_in(settings.limit, settings.test_limit, SIDE)
     data = data.expanduser()
-    return read_images(official(data, CIFAR_10) or data, settings)
+    found = cifar_files(data, "CIFAR-10")
+    return read_images(data if found is None else found[1], settings)
 
 
 def read_images(source: Path, settings: Settings) -> ImageData:
@@ -51,9 +44,9 @@ def read_images(source: Path, settings: Settings) -> ImageData:
 def tasks(settings: Settings, data: Path | None) -> Tasks:
     """A and B: CIFAR-10 and CIFAR-100 where the user has both, else both halves of the classes."""
     first = first_task(settings, data)
-    hundred = None if data is None else official(data.expanduser(), CIFAR_100)
+    hundred = None if data is None else cifar_files(data.expanduser(), "CIFAR-100")
     if hundred is not None:
-        second = read_images(hundred, settings)
+        second = read_images(hundred[1], settings)
         a, b, sizes = task_of(first), task_of(second), (len(first.classes), len(second.classes))
         note = f"Task B: {second.describe()}."
     else:

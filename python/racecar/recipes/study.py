@@ -214,7 +214,7 @@ class Site:
     def batches(self, phase: str, seed: int) -> tuple[Batches, Batches]:
         task, names = self.tasks.of[phase], [leg.name for leg in self.study.legs]
         order = seed + 1000 * names.index(phase)  # another order in every leg
-        train = Batches(task.train_x, task.train_y, self.settings.batch_size, order)
+        train = Batches(task.train_x, task.train_y, self.settings.batch_size, order, self.study.augment)
         return train, Batches(task.test_x, task.test_y, TEST_BATCH)
 
     def network(self, seed: int, phase: str) -> nn.Module:

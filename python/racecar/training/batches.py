@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Batches:
@@ -19,19 +21,24 @@ class Batches:
         x, y: samples and what is to be said of them, (samples, ...) each.
         batch_size: samples per batch; the last one may be smaller.
         seed: of the order, which differs from epoch to epoch; None: the order they have.
+        augment: images of a batch, random generator -> images; the generator follows from seed and epoch, too.
 
     Raises:
-        ValueError: x and y of different lengths, nothing in them, or a batch size below 1.
+        ValueError: x and y of different lengths, nothing in them, a batch size below 1, or `augment` without a seed.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, batch_size: int, seed: int | None = None) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, batch_size: int, seed: int | None = None, augment: Augment | None = None
+    ) -> None:
         if len(x) != len(y):
             raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
         if not len(x):
             raise ValueError("x and y are empty; there is nothing to make batches of")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size}")
-        self.x, self.y, self.batch_size, self.seed = x, y, batch_size, seed
+        if augment is not None and seed is None:
+            raise ValueError("augment draws random numbers, which need a seed")
+        self.x, self.y, self.batch_size, self.seed, self.augment = x, y, batch_size, seed, augment
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -42,13 +49,13 @@ class Batches:
         return math.ceil(len(self.x) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.seed is None:
-            order = torch.arange(len(self.x))
-        else:
-            order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(mixed(self.seed, self.epoch)))
+        order, generator = torch.arange(len(self.x)), torch.Generator()
+        if self.seed is not None:
+            order = torch.randperm(len(self.x), generator=generator.manual_seed(mixed(self.seed, self.epoch)))
         self.epoch += 1
         for chosen in order.split(self.batch_size):
-            yield self.x[chosen], self.y[chosen]
+            x = self.x[chosen]
+            yield x if self.augment is None else self.augment(x, generator), self.y[chosen]
 
 
 class SeededEpochs:
