@@ -50,7 +50,8 @@ def demo(
         str,
         typer.Option(
             help="'digits' (scikit-learn's), or a path: a folder with the official MNIST or CIFAR files, a folder of "
-            "class folders (optionally below train/ and test/), a zip of one, or an .npz (x_train, y_train, x_test, y_test)."
+            "class folders (optionally below train/ and test/), a zip of one, or an .npz (x_train, y_train, x_test, "
+            "y_test)."
         ),
     ] = "digits",
     models: Annotated[
