@@ -401,3 +401,23 @@ def test_blur_checks_its_numbers(length, angle):
 def test_blur_checks_its_images(images):
     with pytest.raises(ValueError, match="images must be floating point of shape"):
         motion_blur(images, 3)
+
+
+def test_groups_are_not_parted(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("bear", "car"):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            pixels = rng.integers(0, 256, (4, 4), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{name}{i % 8}-{i}.png")
+    read = load_images(tmp_path, test_fraction=0.25, group=lambda name: name.partition("-")[0])
+    assert (len(read.train_y), len(read.test_y)) == (60, 20)
+    trained = {name.partition("-")[0] for name in read.train_names}
+    assert len(trained) == 12, "two of eight groups of either class are held out"
+    assert any("whole groups" in note for note in read.notes)
+    again = load_images(tmp_path, test_fraction=0.25, group=lambda name: name.partition("-")[0])
+    assert again.train_names == read.train_names
+    with pytest.raises(DataError, match="all 40 images of class 0 are of one group"):
+        load_images(tmp_path, group=lambda name: "all")
+    with pytest.raises(DataError, match="holds no image files"):
+        load_images("digits", group=str)

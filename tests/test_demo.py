@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 
@@ -164,6 +165,9 @@ def test_whole_demo(tmp_path):
     assert results.costs["Std"].time_ratio == results.costs["Std"].kept_ratio == results.costs["Std"].peak_ratio == 1.0
     assert results.costs["Std"].kept > results.costs["RR"].kept > 0  # one node keeps less than plain training
     assert results.costs["RR"].peak > results.costs["Std"].peak > 0
+    assert list(results.information["RR"]) == ["D1", "D2", "D3", "D4"]
+    bound = math.log2(results.data["used"][1])
+    assert all(0 <= y <= x <= bound + 1e-9 for own in results.information.values() for x, y in own.values())
     assert list(results.reversibility["RR"]) == list(results.depths["RR"]) == ["0", "3", "5"]
     for name, made in results.reconstructions.items():  # of the same networks, seed 0
         assert results.depths[name]["5"] == made.error_with_gain <= min(1.0, made.error)

@@ -237,3 +237,24 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
         overwrite=False, listener=listener,
     )  # fmt: skip
     assert told[0][0] == told[0][1], "all legs were finished"
+
+
+def test_outlines_are_not_parted_by_validation(tmp_path: Path) -> None:
+    module = import_module("racecar.recipes.texture_shape")
+    for name in ("bear", "car"):
+        class_folders(tmp_path / "all", [name], 0)
+        for i in range(48):
+            pixels = np.full((16, 16, 3), 30 * (i % 8) + 5, np.uint8)  # the grey level is the outline
+            Image.fromarray(pixels).save(tmp_path / "all" / name / f"{name}{i % 8}-dog{i}.png")
+    settings = quick("texture-shape", limit=0, test_limit=0)
+    tasks = module.tasks(settings, tmp_path / "all")
+    held = tasks.validated().of[PHASE_I]
+
+    def outlines(x: torch.Tensor, y: torch.Tensor) -> set[tuple[float, int]]:
+        return {(round(float(image.mean()), 3), int(label)) for image, label in zip(x, y, strict=True)}
+
+    whole = tasks.of[PHASE_I]
+    parts = [outlines(held.train_x, held.train_y), outlines(held.test_x, held.test_y)]
+    parts.append(outlines(whole.test_x, whole.test_y))
+    assert [len(part) for part in parts] == [12, 2, 2]
+    assert len(set.union(*parts)) == 16, "no outline is in two parts"

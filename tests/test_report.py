@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from racecar.analysis.pictures import grey_levels, signed_levels
 from racecar.demo.curves import decade_steps, panel, power_text, round_steps
-from racecar.demo.inside import heat
+from racecar.demo.inside import heat, information_section
 from racecar.demo.remarks import remarks
 from racecar.demo.report import render, write_report
 from racecar.demo.results import (
@@ -75,6 +76,7 @@ def made_up(seeds: int = 2, channels: int = 1, models: tuple[str, ...] = ("Std",
         results.costs[model] = Cost(2.0 + m, 1.9, 2.1, 1.0 + m, 1_000_000, 1.0 + 0.1 * m, 2_500_000, 1.0 + 0.2 * m)
         results.reconstructions[model] = Reconstruction(0.9 / 10 ** (2 * m), 504.0, 0.4)
         results.depths[model] = {"0": 0.125, "3": 0.4}
+        results.information[model] = {"D1": [5.0, 3.25], "D2": [4.5 - 0.1 * m, 3.125]}
         results.reversibility[model] = {"0": LayerError(0.25, 0.7), "3": LayerError(0.1 * m, 1.0)}
     results.energy = {name: 0.2 + 0.1 * m for m, name in enumerate(models)} | {"data": 0.9}
     names = ["modes data", *(f"modes {name}" for name in models)]
@@ -140,7 +142,7 @@ def test_page_is_whole_and_refers_to_nothing_outside(seeds, channels, models, cl
     # two tasks, the input and its reconstructions; patterns of the data and of every model
     assert page.count["img"] == (3 + len(models)) * classes + (1 + len(models)) * 10
     assert page.count["svg"] == (8 if len(models) > 1 else 6)
-    assert page.count["table"] == 5
+    assert page.count["table"] == 6
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and '<html lang="en">' in text
     assert "nan" not in text
 
@@ -178,7 +180,7 @@ def test_layers_are_counted_from_the_input():
 
 def test_results_of_older_versions_have_no_errors_by_depth():
     results, pictures = made_up()
-    results.depths = {}
+    results.depths, results.information = {}, {}
     text = render(results, pictures)
     assert Page(text).count["table"] == 4 and "by depth" not in text and "from layer" not in text
 
@@ -357,3 +359,15 @@ def test_levels():
     assert colours[0, 0, 2] > colours[0, 0, 0] and colours[0, 2, 0] > colours[0, 2, 2]
     assert signed_levels(np.full((1, 2, 2), np.nan, np.float32)).tolist() == [[[247] * 3] * 2] * 2
     assert signed_levels(np.zeros((3, 2, 2), np.float32)).tolist() == [[[128] * 3] * 2] * 2
+
+
+def test_information_of_the_layers():
+    results, _ = made_up()
+    text = " ".join(information_section(results))
+    assert "5.00, 3.25" in text and "4.50, 3.12" in text and "racecar run mi" not in text
+    bound = math.log2(results.data["used"][1])
+    for own in results.information.values():
+        own.update({"D1": [bound, 3.0], "D2": [bound - 0.001, 3.0]})
+    assert "says nothing of them" in " ".join(information_section(results))
+    results.information = {}
+    assert "".join(information_section(results)) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from .arrays import digits_source, idx_source, npz_source
@@ -25,6 +26,7 @@ def load_images(
     max_side: int | None = None,
     test_fraction: float | None = None,
     seed: int = 0,
+    group: Callable[[str], str] | None = None,
 ) -> ImageData:
     """Reads a classification task, recognising its kind.
 
@@ -40,6 +42,8 @@ def load_images(
         max_side: image files with a longer side above this many pixels are shrunk to it; None keeps them.
         test_fraction: part of every class kept for testing where there is no test set; 1/2 for the digits, else 1/5.
         seed: of that split and of the limit's choice.
+        group: name of an image file -> its group, where images belong together (views of one object): that split does
+            not part them.
 
     Returns:
         Images in [0, 1], labels and class names; `.describe()` says what was found.
@@ -57,7 +61,7 @@ def load_images(
     if not 0 < test_fraction < 1:
         raise DataError(f"test_fraction must lie between 0 and 1, got {test_fraction}")
     found = recognise(source, Sizing(size, max_side))
-    return assemble(found, limit=limit, test_limit=test_limit, test_fraction=test_fraction, seed=seed)
+    return assemble(found, limit=limit, test_limit=test_limit, test_fraction=test_fraction, seed=seed, group=group)
 
 
 def recognise(source: str | Path, sizing: Sizing) -> Source:

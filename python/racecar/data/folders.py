@@ -139,7 +139,8 @@ def folder_source(path: Path, sizing: Sizing) -> Source:
 
     def part(files: list[ImageFile]) -> Part:
         labels = np.array([index[file.class_name] for file in files], dtype=np.int64)
-        return Part(labels, lambda chosen: reader.read([files[i] for i in chosen]))
+        names = tuple(PurePosixPath(file.name).name for file in files)
+        return Part(labels, lambda chosen: reader.read([files[i] for i in chosen]), names)
 
     name = path.stem if path.is_file() else path.resolve().name
     return Source(name, tuple(classes), part(train), part(test) if test else None, reader.notes, reader.colour_notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ class ImageData:
         train_y, test_y: int64 class indices, shape (images,).
         classes: class names; `classes[i]` names label i.
         found: (training images, test images) found at the source, before any limit.
+        train_names: of the training images' files; none where they are no files.
         notes: rules that were applied on the way (a split, a limit, a change of size or colour), one sentence each.
     """
 
@@ -39,6 +40,7 @@ class ImageData:
     classes: tuple[str, ...]
     found: tuple[int, int]
     notes: tuple[str, ...] = ()
+    train_names: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -62,11 +64,13 @@ class Part:
 
     Attributes:
         labels: class index of every image.
+        names: of the image files; none where the images are no files.
         read: indices -> pixels, float32 in [0, 1], shape (images, height, width, channels).
     """
 
     labels: Labels
     read: Callable[[Labels], Pixels]
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,40 @@ def stratified_split(labels: Labels, test_fraction: float, seed: int) -> tuple[L
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
+def grouped_split(labels: Labels, groups: Sequence[str], test_fraction: float, seed: int) -> tuple[Labels, Labels]:
+    """The same with whole groups: no image is tested of whose group another is trained on.
+
+    Args:
+        labels: class index of every image. groups: group of every image; one of two classes counts as two.
+        test_fraction: part of every class that goes to the test half, as nearly as whole groups allow; at least one
+            group of every class to either half.
+        seed: of the shuffle.
+
+    Raises:
+        DataError: a class whose images are all of one group.
+    """
+    rng = np.random.default_rng(seed)
+    of = np.array(groups)
+    test = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        names, sizes = np.unique(of[own], return_counts=True)
+        if len(names) < 2:
+            raise DataError(
+                f"all {len(own)} images of class {label} are of one group, {names[0]!r}; at least 2 are needed"
+            )
+        wanted, count = test_fraction * len(own), 0
+        chosen: list[str] = []
+        for i in rng.permutation(len(names)):
+            nearer = abs(count + sizes[i] - wanted) < abs(count - wanted)
+            if (nearer and len(chosen) < len(names) - 1) or not chosen:
+                chosen.append(names[i])
+                count += sizes[i]
+        test.append(own[np.isin(of[own], chosen)])
+    held = np.sort(np.concatenate(test))
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
 def stratified_subsample(labels: Labels, limit: int, seed: int) -> Labels:
     """At most `limit` indices (never fewer than one per class), shared out over the classes as they occur.
 
@@ -127,7 +165,13 @@ def stratified_subsample(labels: Labels, limit: int, seed: int) -> Labels:
 
 
 def assemble(
-    source: Source, *, limit: int | None, test_limit: int | None, test_fraction: float, seed: int
+    source: Source,
+    *,
+    limit: int | None,
+    test_limit: int | None,
+    test_fraction: float,
+    seed: int,
+    group: Callable[[str], str] | None = None,
 ) -> ImageData:
     """Checks the classes, splits and subsamples, and only then reads the pixels that are used.
 
@@ -137,6 +181,7 @@ def assemble(
         test_limit: at most so many test images; None: half of `limit`.
         test_fraction: of the split that is made where the source has no test part.
         seed: of split and subsample.
+        group: name of an image file -> its group, which that split keeps together.
 
     Raises:
         DataError: fewer than two classes, a class with too few images, or a limit below the number of classes.
@@ -144,7 +189,14 @@ def assemble(
     check_classes(source)
     notes = list(source.notes)
     test = source.test
-    if test is None:
+    if test is None and group is not None:
+        if not source.train.names:
+            raise DataError(f"{source.name}: holds no image files, whose names could be grouped")
+        groups = [group(name) for name in source.train.names]
+        train_index, test_index = grouped_split(source.train.labels, groups, test_fraction, seed)
+        test = source.train
+        notes.append(f"No test set given: {test_fraction:.0%} of every class, whole groups, is kept (seed {seed}).")
+    elif test is None:
         train_index, test_index = stratified_split(source.train.labels, test_fraction, seed)
         test = source.train
         notes.append(f"No test set given: {test_fraction:.0%} of every class is kept for testing (seed {seed}).")
@@ -177,6 +229,7 @@ def assemble(
         classes=source.classes,
         found=found,
         notes=tuple(notes),
+        train_names=tuple(source.train.names[i] for i in train_index) if source.train.names else (),
     )
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from racecar_kernels import describe
 
-from ..analysis import LayerReversibility, data_modes, layer_modes, reconstructions, reversibility
+from ..analysis import (
+    LayerReversibility,
+    MutualInformationPlane,
+    data_modes,
+    layer_modes,
+    reconstructions,
+    reversibility,
+)
 from ..experiments.contestants import chosen
 from ..experiments.jobs import Job
 from .results import LayerError, Pictures, Reconstruction, Results
@@ -40,6 +47,7 @@ def examine(place: Workplace, results: Results, pictures: Pictures, seeds: int) 
         pictures[f"modes {name}"] = modes.images
         results.energy[name] = modes.energy(x)
         results.reversibility[name] = mean_errors([reversibility(network, x) for network in networks])
+        results.information[name] = mean_information(networks, x, place.tasks["A"].test_y)
 
 
 def first_images(place: Workplace) -> list[int]:
@@ -57,6 +65,16 @@ def mean_errors(found: Sequence[Sequence[LayerReversibility]]) -> dict[str, Laye
         )
         for layers in zip(*found, strict=True)
     }
+
+
+def mean_information(networks: Sequence[nn.Module], x: Tensor, y: Tensor) -> dict[str, list[float]]:
+    """[I(X; D), I(D; Y)] of what every layer receives, and of what the last one gives; mean over the networks."""
+    plane = MutualInformationPlane(x, y)
+    for number, network in enumerate(networks):
+        plane.record(network, number)  # every network in its place of an epoch
+    found = plane.result
+    means = zip(found.names, found.about_x.mean(0).tolist(), found.about_y.mean(0).tolist(), strict=True)
+    return {name: [about_x, about_y] for name, about_x, about_y in means}
 
 
 def first_layer(network: nn.Module) -> nn.Module:

@@ -89,6 +89,31 @@ def reversibility_section(results: Results) -> Iterable[str]:
     )
 
 
+def information_section(results: Results) -> Iterable[str]:
+    """Every model's place in the mutual-information plane, layer by layer; and what that can tell here."""
+    layers = list(next(iter(results.information.values()), {}))
+    if not layers:
+        return
+    bound = math.log2(results.data["used"][1])
+    rows = [
+        (model_label(results, name), [f"{own[layer][0]:.2f}, {own[layer][1]:.2f}" for layer in layers])
+        for name, own in results.information.items()
+    ]
+    title = "I(X; D), I(D; Y), in bits"
+    yield table(title, layers, rows)
+    everywhere = [own[layer][0] for own in results.information.values() for layer in layers]
+    saturated = "" if min(everywhere) < 0.99 * bound else (
+        " Here every layer of every model lies at that bound, so that the plane says nothing of them; the recipe "
+        "<code>racecar run mi</code> draws it for a network of few units."
+    )  # fmt: skip
+    yield note(
+        f"What each layer receives (D1 is the image; the last, what comes out of the convolutions) tells about which "
+        f"image it is, X, and about its class, Y, with 30 bins for every unit, after phase I, mean over the seeds. "
+        f"I(X; D) is at most log₂ of the number of images, {bound:.2f} bits, and is there as soon as a layer tells "
+        f"them all apart, whatever it has learned.{saturated}"
+    )
+
+
 def heat(error: float) -> str:
     """A figure with a tint, the stronger the smaller the error."""
     strength = min(1.0, max(0.0, 1 - error)) if math.isfinite(error) else 0.0

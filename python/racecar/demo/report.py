@@ -11,7 +11,14 @@ from pathlib import Path
 from ..analysis.pictures import Row, draw_rows, grey_levels
 from ..experiments.significance import Difference
 from .curves import panel
-from .inside import layer_numbers, modes_section, reconstruction_rows, reconstruction_section, reversibility_section
+from .inside import (
+    information_section,
+    layer_numbers,
+    modes_section,
+    reconstruction_rows,
+    reconstruction_section,
+    reversibility_section,
+)
 from .page import PAGE, model_label, note, picture_grid, section, table
 from .remarks import remarks
 from .results import PHASES, Pictures, Results, Run, load_results
@@ -62,6 +69,7 @@ def render(results: Results, pictures: Pictures) -> str:
         section("The two tasks", *tasks_section(results, pictures)),
         section("What comes back", *reconstruction_section(results, pictures)),
         section("How well each layer comes back", *reversibility_section(results)),
+        section("What the layers tell", *information_section(results)),
         section("What the first layer looks at", *modes_section(results, pictures)),
         section("Training curves", legend(results), *curves_section(results)),
         section("How this was made", made_section(results)),

@@ -109,6 +109,7 @@ class Results:
         runs: every training run.
         costs, reconstructions: by model.
         reversibility: model -> layer -> how well it comes back after phase I, mean over the seeds.
+        information: model -> D1, D2, ... -> [I(X; D), I(D; Y)] in bits after phase I, mean over the seeds.
         depths: model -> layer -> error, with gain, of the image that comes back when the reverse starts behind that
             layer; first seed. Empty in results of older versions.
         energy: share of the data's energy in its first-layer patterns, by model; "data": the best there is.
@@ -131,6 +132,7 @@ class Results:
     reconstructions: dict[str, Reconstruction] = field(default_factory=dict)
     reversibility: dict[str, dict[str, LayerError]] = field(default_factory=dict)
     depths: dict[str, dict[str, float]] = field(default_factory=dict)
+    information: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
 
     def select(self, model: str, phase: str) -> list[Run]:

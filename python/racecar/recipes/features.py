@@ -35,6 +35,7 @@ from ..experiments.threads import cpu_threads
 from ..training.history import replace_text
 from .folder import RESULTS, TABLE, RunFolder
 from .listener import Listener
+from .networks import glorot_
 from .tables import comparison
 
 KINDS = ("Std", "Ort", "RR")
@@ -118,14 +119,6 @@ class Problem:
     source: str
     fingerprint: int
     paper: Mapping[str, Mapping[str, float]]
-
-
-def glorot_(network: nn.Module) -> None:
-    """Glorot & Bengio's uniform weights and biases of 0 (2010), TensorFlow's default."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 def trained(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..baselines import autoencoder_stages
+from ..data.images import grouped_split
 from ..experiments.contestants import Contestant
 from ..experiments.folder import SettingsError
 from ..experiments.jobs import Job, Leg
@@ -113,6 +114,7 @@ class Tasks:
         classes: leg -> how many. fresh: legs whose classes are others than phase I's: they begin with a fresh head.
         source: where the images are from, in words. notes: what was done to them, a sentence each.
         as_published: whether they are the paper's, so that its figures may stand beside those found here.
+        groups: of phase I's training images, which validation does not part; empty: every image by itself.
         further: column of the table -> leg whose network is tested once more, images, labels.
         fingerprint: tells other data apart.
     """
@@ -123,6 +125,7 @@ class Tasks:
     fresh: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     as_published: bool = True
+    groups: tuple[str, ...] = ()
     further: Mapping[str, tuple[str, Tensor, Tensor]] = field(default_factory=dict)
     fingerprint: int = 0
 
@@ -134,7 +137,11 @@ class Tasks:
         """
         seen: dict[int, Task] = {}
         for task in self.of.values():
-            held = part_of_each_class(task.train_y, VALIDATION_PART)
+            if self.groups:
+                _, chosen = grouped_split(task.train_y.numpy(), self.groups, VALIDATION_PART, seed=0)
+                held = torch.zeros(len(task.train_y), dtype=torch.bool).index_fill(0, torch.from_numpy(chosen), True)
+            else:
+                held = part_of_each_class(task.train_y, VALIDATION_PART)
             x, y = task.train_x, task.train_y
             seen[id(task)] = Task(x[~held], y[~held], x[held], y[held])
         return replace(self, of={leg: seen[id(task)] for leg, task in self.of.items()}, further={})
@@ -154,7 +161,7 @@ class Study:
         legs: phase I first. columns: leg -> column of the table.
         scratch: legs that are also learned from fresh weights.
         models: who takes part; the first is what the others are compared with.
-        network: (channels, height, width), classes, settings -> the network with PyTorch's own initial weights.
+        network: (channels, height, width), classes, settings -> the network with its initial weights.
         tasks: settings, the user's data or None -> what is learned.
         paper: model -> column -> accuracy in the paper.
         explained: a paragraph below the table.
