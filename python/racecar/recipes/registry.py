@@ -94,7 +94,7 @@ RECIPES = {
             data="The official MNIST files, or other images. \\[default: scikit-learn's digits, 8×8]",
             module="mnist",
             presets={
-                "cpu": {"limit": 10000, "test_limit": 10000, "epochs": 6, "transfer_epochs": 6, **TABLE_9},
+                "cpu": {"limit": 10000, "test_limit": 10000, "epochs": 5, "transfer_epochs": 5, **TABLE_9},
                 "paper": {"epochs": 20, "transfer_epochs": 20, **TABLE_9},
                 "quick": {"seeds": 2, "limit": 200, "test_limit": 100, "epochs": 2, "transfer_epochs": 1, **TABLE_9},
             },
@@ -130,7 +130,15 @@ RECIPES = {
             "\\[default: a stand-in, only to see that it runs]",
             module="resnet110",
             presets={
-                "cpu": {"seeds": 3, "limit": 4000, "test_limit": 2000, "epochs": 12, "blocks": 3, **RESIDUAL},
+                "cpu": {
+                    "seeds": 3,
+                    "limit": 2000,
+                    "test_limit": 2000,
+                    "epochs": 10,
+                    "blocks": 3,
+                    "batch_size": 32,
+                    "learning_rate": 0.05,
+                },
                 "paper": {"epochs": 164, **RESIDUAL},
                 "quick": {
                     "seeds": 2,
