@@ -282,3 +282,9 @@ def test_a_run_that_is_stopped_from_outside_goes_on(tmp_path, how):
     assert result.exit_code == 0, result.output
     assert "epochs are kept from before" in result.stdout and "| RR | .822 |" in result.stdout
     assert RunFolder(out, "mi").finished
+
+
+def test_an_accelerator_is_refused_where_it_would_do_nothing(tmp_path: Path) -> None:
+    done = invoke("peak", "--quick", "--accelerator", "gpu", "--out", str(tmp_path / "out"))
+    assert done.exit_code == 2
+    assert "leave out --accelerator" in plain(done.stderr)

@@ -101,6 +101,9 @@ def add(recipe: Recipe) -> None:
         ] = False,
         threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
         save_every_s: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 10.0,
+        accelerator: Annotated[
+            str, typer.Option(help="cpu, gpu, or auto: the GPU where there is one. For recipes on images.")
+        ] = "auto",
         resume: Annotated[
             bool, typer.Option("--resume", help="Go on with the run in --out that was broken off, with its settings.")
         ] = False,
@@ -114,7 +117,13 @@ def add(recipe: Recipe) -> None:
             fail("--resume goes on with a run, --overwrite begins anew; give one of them", code=2)
         if quick and given(context, "preset"):
             fail("--quick is a preset of its own; leave out --preset", code=2)
-        options = {"seeds": seeds, "validate": validate, "threads": threads, "save_every_s": save_every_s}
+        options = {
+            "seeds": seeds,
+            "validate": validate,
+            "threads": threads,
+            "save_every_s": save_every_s,
+            "accelerator": accelerator,
+        }
         options = {name: value for name, value in options.items() if given(context, name)}
         chosen = "quick" if quick else preset if given(context, "preset") else None
         run(recipe, out or Path(f"racecar-{recipe.name}"), data, chosen, options, resume=resume, overwrite=overwrite)
@@ -160,6 +169,8 @@ def run(
         return f"what was computed is kept in {out}: --resume goes on with it" if there else "nothing had been computed"
 
     try:
+        if "accelerator" in options and not hasattr(recipe.part("Settings"), "accelerator"):
+            raise SettingsError(f"{recipe.name} trains tiny networks on the CPU; leave out --accelerator")
         if resume:
             before = folder.settings_to_resume()
             options = {**(dict(recipe.presets.get(preset, {}), preset=preset) if preset else {}), **options}
