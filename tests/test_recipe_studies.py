@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -171,6 +172,10 @@ def test_newer_photographs(tmp_path: Path) -> None:
     settings = quick("resnet110", limit=0, test_limit=0)
     leg, x, y = module.tasks(settings, tmp_path).further["CIFAR-10.1"]
     assert (leg, x.shape, y.shape) == (PHASE_I, (2000, 3, 32, 32), (2000,))
+    for half in ("train", "test"):
+        shutil.rmtree(tmp_path / half / "j")
+    with pytest.raises(DataError, match="of 10 classes; the data beside it have 9"):
+        module.tasks(settings, tmp_path)
 
 
 def test_the_schedule_of_the_residual_network() -> None:

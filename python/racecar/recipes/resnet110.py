@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..data import DataError
 from ..data.augment import crop_and_flip
 from ..data.cifar import cifar10_1
 from ..experiments.contestants import CONTESTANTS, STD_FOR_LONG
@@ -46,6 +47,8 @@ def tasks(settings: Settings, data: Path | None) -> Tasks:
     )
     newer = next((place for place in places if any((place / name).exists() for name in NEWER)), None)
     if newer is not None:
+        if len(read.classes) != 10:
+            raise DataError(f"{newer} holds CIFAR-10.1, of 10 classes; the data beside it have {len(read.classes)}")
         further["CIFAR-10.1"] = (PHASE_I, *cifar10_1(newer))
     else:
         notes.append("CIFAR-10.1 is not tested: its files are not beside the data.")
