@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cifar_files import write as cifar_files_of
 from torch import nn
 
 from racecar.data import DataError
+from racecar.data.cifar import KINDS
 from racecar.experiments.contestants import SCRATCH, STD_FOR_LONG
 from racecar.experiments.folder import SettingsError
 from racecar.recipes import mnist
@@ -263,3 +265,15 @@ def test_outlines_are_not_parted_by_validation(tmp_path: Path) -> None:
     parts.append(outlines(whole.test_x, whole.test_y))
     assert [len(part) for part in parts] == [12, 2, 2]
     assert len(set.union(*parts)) == 16, "no outline is in two parts"
+
+
+def test_cifar_100_beside_cifar_10(tmp_path: Path) -> None:
+    module = import_module("racecar.recipes.cifar")
+    hundred = cifar_files_of(next(kind for kind in KINDS if kind.folder == "cifar-100-binary"), tmp_path)
+    with pytest.raises(DataError, match="holds CIFAR-100, which is task B, but not CIFAR-10"):
+        module.tasks(quick("cifar"), tmp_path)
+    cifar_files_of(next(kind for kind in KINDS if kind.folder == "cifar-10-batches-py"), tmp_path)
+    tasks = module.tasks(quick("cifar", limit=0, test_limit=0), tmp_path)
+    assert (tasks.classes["AA"], tasks.classes["AB"]) == (10, 100)
+    assert any("Task B: CIFAR-100" in note for note in tasks.notes)
+    assert hundred.is_dir()

@@ -7,15 +7,14 @@ forward pass lacks; Eq. 24 of the 2021 paper does not, and neither does this rec
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ..data import ImageData, load_images
+from ..data import DataError, ImageData, load_images
 from ..data.cifar import cifar_files
 from ..experiments.contestants import CONTESTANTS, SCRATCH, STD_FOR_LONG
 from ..experiments.jobs import Leg
 from ..experiments.tasks import Task, fingerprint
-from .folder import RunFolder
 from .listener import Listener
 from .networks import cifar_network
 from .picture_sets import part_of, stand_in, task_of
@@ -33,6 +32,8 @@ def first_task(settings: Settings, data: Path | None) -> ImageData:
         return stand_in(settings.limit, settings.test_limit, SIDE)
     data = data.expanduser()
     found = cifar_files(data, "CIFAR-10")
+    if found is None and cifar_files(data, "CIFAR-100") is not None:
+        raise DataError(f"{data}: holds CIFAR-100, which is task B, but not CIFAR-10; put its files beside them")
     return read_images(data if found is None else found[1], settings)
 
 
@@ -42,7 +43,13 @@ def read_images(source: Path, settings: Settings) -> ImageData:
 
 
 def tasks(settings: Settings, data: Path | None) -> Tasks:
-    """A and B: CIFAR-10 and CIFAR-100 where the user has both, else both halves of the classes."""
+    """A and B: CIFAR-10 and CIFAR-100 where the user has both, else both halves of the classes.
+
+    Args:
+        settings: limits and size.
+        data: a folder with the official files of CIFAR-10, and of CIFAR-100 for task B; or an image folder; None: a
+            stand-in, only to see that it runs.
+    """
     first = first_task(settings, data)
     hundred = None if data is None else cifar_files(data.expanduser(), "CIFAR-100")
     if hundred is not None:
@@ -85,20 +92,4 @@ STUDY = Study(
     scratch=("AB",),
 )
 
-
-def run(
-    settings: Settings, folder: RunFolder, *, data: Path | None = None, command: str = "", resume: bool = False,
-    overwrite: bool = False, listener: Listener | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Runs the recipe or goes on with it; writes `runs/`, `results.json`, `table.md` and `curves.png`.
-
-    Args:
-        settings: what to do.
-        folder: where to.
-        data: a folder with the official files of CIFAR-10, and of CIFAR-100 for task B; or an image folder; None: a
-            stand-in, only to see that it runs.
-        command, resume, overwrite, listener: see `racecar.recipes.study_results.run_study`, for the errors as well.
-    """
-    return run_study(
-        STUDY, settings, folder, data=data, command=command, resume=resume, overwrite=overwrite, listener=listener
-    )
+run = partial(run_study, STUDY)

@@ -6,14 +6,13 @@ on n-MNIST with motion blur (AB; Basu et al. 2017).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..data import DIGITS, load_images, motion_blur
 from ..experiments.contestants import CONTESTANTS, SCRATCH, STD_FOR_LONG
 from ..experiments.jobs import Leg
 from ..experiments.tasks import Task, fingerprint
-from .folder import RunFolder
 from .listener import Listener
 from .networks import mnist_network
 from .study import PHASE_I, Settings, Study, Tasks
@@ -26,7 +25,13 @@ MAX_SIDE = 32
 
 
 def tasks(settings: Settings, data: Path | None) -> Tasks:
-    """A: digits. B: the same, blurred."""
+    """A: digits. B: the same, blurred.
+
+    Args:
+        settings: limits and size.
+        data: the official MNIST files, or other images that `racecar.data.load_images` reads; None: scikit-learn's
+            digits, 8×8.
+    """
     read = load_images(
         DIGITS if data is None else str(data),
         limit=settings.limit or None,
@@ -69,20 +74,4 @@ STUDY = Study(
     scratch=("AB",),
 )
 
-
-def run(
-    settings: Settings, folder: RunFolder, *, data: Path | None = None, command: str = "", resume: bool = False,
-    overwrite: bool = False, listener: Listener | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Runs the recipe or goes on with it; writes `runs/`, `results.json`, `table.md` and `curves.png`.
-
-    Args:
-        settings: what to do.
-        folder: where to.
-        data: the official MNIST files, or other images that `racecar.data.load_images` reads; None: scikit-learn's
-            digits, 8×8.
-        command, resume, overwrite, listener: see `racecar.recipes.study_results.run_study`, for the errors as well.
-    """
-    return run_study(
-        STUDY, settings, folder, data=data, command=command, resume=resume, overwrite=overwrite, listener=listener
-    )
+run = partial(run_study, STUDY)

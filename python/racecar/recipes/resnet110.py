@@ -24,7 +24,6 @@ from ..experiments.contestants import CONTESTANTS, STD_FOR_LONG
 from ..experiments.jobs import Leg
 from ..experiments.tasks import fingerprint
 from .cifar import first_task
-from .folder import RunFolder
 from .listener import Listener
 from .networks import residual_network
 from .picture_sets import task_of
@@ -38,7 +37,13 @@ WARM_UP = 0.1  # of the learning rate, in the first epoch: a network this deep d
 
 
 def tasks(settings: Settings, data: Path | None) -> Tasks:
-    """CIFAR-10, and CIFAR-10.1 where its files lie beside it."""
+    """CIFAR-10, and CIFAR-10.1 where its files lie beside it.
+
+    Args:
+        settings: limits and size.
+        data: a folder with the official files of CIFAR-10, and of CIFAR-10.1 for the second column; or an image
+            folder; None: a stand-in, only to see that it runs.
+    """
     read = first_task(settings, data)
     a = task_of(read)
     further, notes = {}, list(read.notes)
@@ -97,20 +102,4 @@ STUDY = Study(
     augment=crop_and_flip,
 )
 
-
-def run(
-    settings: Settings, folder: RunFolder, *, data: Path | None = None, command: str = "", resume: bool = False,
-    overwrite: bool = False, listener: Listener | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Runs the recipe or goes on with it; writes `runs/`, `results.json`, `table.md` and `curves.png`.
-
-    Args:
-        settings: what to do.
-        folder: where to.
-        data: a folder with the official files of CIFAR-10, and of CIFAR-10.1 for the second column; or an image folder;
-            None: a stand-in, only to see that it runs.
-        command, resume, overwrite, listener: see `racecar.recipes.study_results.run_study`, for the errors as well.
-    """
-    return run_study(
-        STUDY, settings, folder, data=data, command=command, resume=resume, overwrite=overwrite, listener=listener
-    )
+run = partial(run_study, STUDY)

@@ -32,8 +32,8 @@ RUNS = "runs"
 
 
 def run_study(
-    study: Study, settings: Settings, folder: RunFolder, *, data: Path | None, command: str, resume: bool,
-    overwrite: bool, listener: Listener | None,
+    study: Study, settings: Settings, folder: RunFolder, *, data: Path | None = None, command: str = "",
+    resume: bool = False, overwrite: bool = False, listener: Listener | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains every contestant with every seed that is not done yet, then writes results, table and figure.
 

@@ -8,14 +8,13 @@ outlines are held out here, about 160 images.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..data import load_images
 from ..experiments.contestants import CONTESTANTS, STD_FOR_LONG
 from ..experiments.jobs import Leg
 from ..experiments.tasks import fingerprint
-from .folder import RunFolder
 from .listener import Listener
 from .networks import cifar_network
 from .picture_sets import stand_in, task_of, whole
@@ -35,7 +34,13 @@ def shape_of(name: str) -> str:
 
 
 def tasks(settings: Settings, data: Path | None) -> Tasks:
-    """The stylised images; edges and silhouettes where they lie beside them."""
+    """The stylised images; edges and silhouettes where they lie beside them.
+
+    Args:
+        settings: limits and size.
+        data: the stylised images as a folder or zip of class folders; or a folder that holds them, and `edges` and
+            `filled-silhouettes` beside them, as the stimuli were published; None: a stand-in, only to see that it runs.
+    """
     if data is None:
         read, further, missing = stand_in(settings.limit, settings.test_limit, settings.size), {}, list(FURTHER)
     else:
@@ -87,20 +92,4 @@ STUDY = Study(
     "in A that they take as long as RR's.",
 )
 
-
-def run(
-    settings: Settings, folder: RunFolder, *, data: Path | None = None, command: str = "", resume: bool = False,
-    overwrite: bool = False, listener: Listener | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Runs the recipe or goes on with it; writes `runs/`, `results.json`, `table.md` and `curves.png`.
-
-    Args:
-        settings: what to do. `size` must be a multiple of 16.
-        folder: where to.
-        data: the stylised images as a folder or zip of class folders; or a folder that holds them, and `edges` and
-            `filled-silhouettes` beside them, as the stimuli were published; None: a stand-in, only to see that it runs.
-        command, resume, overwrite, listener: see `racecar.recipes.study_results.run_study`, for the errors as well.
-    """
-    return run_study(
-        STUDY, settings, folder, data=data, command=command, resume=resume, overwrite=overwrite, listener=listener
-    )
+run = partial(run_study, STUDY)
