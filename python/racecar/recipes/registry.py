@@ -94,7 +94,7 @@ RECIPES = {
             data="The official MNIST files, or other images. \\[default: scikit-learn's digits, 8×8]",
             module="mnist",
             presets={
-                "cpu": {"limit": 10000, "test_limit": 10000, "epochs": 5, "transfer_epochs": 5, **TABLE_9},
+                "cpu": {"limit": 10000, "test_limit": 5000, "epochs": 4, "transfer_epochs": 4, **TABLE_9},
                 "paper": {"epochs": 20, "transfer_epochs": 20, **TABLE_9},
                 "quick": {"seeds": 2, "limit": 200, "test_limit": 100, "epochs": 2, "transfer_epochs": 1, **TABLE_9},
             },
