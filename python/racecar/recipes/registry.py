@@ -108,8 +108,15 @@ RECIPES = {
             "are shared out between both tasks. \\[default: a stand-in, only to see that it runs]",
             module="cifar",
             presets={
-                "cpu": {"limit": 4000, "test_limit": 2000, "epochs": 10, "transfer_epochs": 10, "divisor": 4},
-                "paper": {"epochs": 50, "transfer_epochs": 50},
+                "cpu": {
+                    "limit": 4000,
+                    "test_limit": 2000,
+                    "epochs": 10,
+                    "transfer_epochs": 10,
+                    "divisor": 4,
+                    "lam": 0.1,
+                },
+                "paper": {"epochs": 50, "transfer_epochs": 50, "lam": 0.1},
                 "quick": {
                     "seeds": 2,
                     "limit": 40,
