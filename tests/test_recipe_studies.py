@@ -277,3 +277,22 @@ def test_cifar_100_beside_cifar_10(tmp_path: Path) -> None:
     assert (tasks.classes["AA"], tasks.classes["AB"]) == (10, 100)
     assert any("Task B: CIFAR-100" in note for note in tasks.notes)
     assert hundred.is_dir()
+
+
+def test_grey_images_and_other_sizes(tmp_path: Path) -> None:
+    module = import_module("racecar.recipes.cifar")
+    x = np.zeros((40, 32, 32), np.uint8)
+    np.savez(tmp_path / "grey.npz", x=x, y=np.arange(40) % 4)
+    tasks = module.tasks(quick("cifar", limit=0, test_limit=0), tmp_path / "grey.npz")
+    assert tasks.of[PHASE_I].train_x.shape[1:] == (3, 32, 32)
+    assert "Grey images became colour." in tasks.notes
+    np.savez(tmp_path / "small.npz", x=x[:, :28, :28], y=np.arange(40) % 4)
+    for name in ("cifar", "resnet110"):
+        with pytest.raises(DataError, match="takes images of 32×32, got 28×28"):
+            started(name, tmp_path / "out", data=tmp_path / "small.npz")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_classes_to_share_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has 3 classes; at least 4 are needed"):
+        started("cifar", tmp_path / "out", data=class_folders(tmp_path / "images", list("abc"), 6))

@@ -17,7 +17,7 @@ from ..experiments.jobs import Leg
 from ..experiments.tasks import Task, fingerprint
 from .listener import Listener
 from .networks import cifar_network
-from .picture_sets import part_of, stand_in, task_of
+from .picture_sets import in_colour, part_of, stand_in, task_of
 from .study import PHASE_I, Settings, Study, Tasks
 from .study_results import run_study
 
@@ -39,7 +39,8 @@ def first_task(settings: Settings, data: Path | None) -> ImageData:
 
 def read_images(source: Path, settings: Settings) -> ImageData:
     """At the size of CIFAR, limited as the settings say."""
-    return load_images(source, limit=settings.limit or None, test_limit=settings.test_limit or None, size=SIDE)
+    limit, test_limit = settings.limit or None, settings.test_limit or None
+    return in_colour(load_images(source, limit=limit, test_limit=test_limit, size=SIDE), SIDE)
 
 
 def tasks(settings: Settings, data: Path | None) -> Tasks:
@@ -57,6 +58,11 @@ def tasks(settings: Settings, data: Path | None) -> Tasks:
         a, b, sizes = task_of(first), task_of(second), (len(first.classes), len(second.classes))
         note = f"Task B: {second.describe()}."
     else:
+        if len(first.classes) < 4:
+            raise DataError(
+                f"{first.name} has {len(first.classes)} classes; at least 4 are needed, two for task A and two for B, "
+                f"where CIFAR-100 is not beside it"
+            )
         half = (len(first.classes) + 1) // 2
         a, b = (part_of(task_of(first), labels) for labels in (range(half), range(half, len(first.classes))))
         sizes = (half, len(first.classes) - half)

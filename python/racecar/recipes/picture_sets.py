@@ -26,6 +26,21 @@ def stand_in(settings_limit: int, test_limit: int, side: int) -> ImageData:
     return replace(read, train_x=enlarged(read.train_x), test_x=enlarged(read.test_x), notes=(*read.notes, STAND_IN))
 
 
+def in_colour(read: ImageData, side: int) -> ImageData:
+    """The data, grey images in three equal channels, with a note that says so.
+
+    Raises:
+        DataError: images of another size than side × side, as arrays may be; image files have been resized.
+    """
+    channels, height, width = read.image_shape
+    if (height, width) != (side, side):
+        raise DataError(f"{read.name}: this recipe takes images of {side}×{side}, got {height}×{width}")
+    if channels == 3:
+        return read
+    train_x, test_x = (x.expand(-1, 3, -1, -1).contiguous() for x in (read.train_x, read.test_x))
+    return replace(read, train_x=train_x, test_x=test_x, notes=(*read.notes, "Grey images became colour."))
+
+
 def task_of(read: ImageData) -> Task:
     """All of it as one task."""
     return Task(read.train_x, read.train_y, read.test_x, read.test_y)

@@ -17,7 +17,7 @@ from ..experiments.jobs import Leg
 from ..experiments.tasks import fingerprint
 from .listener import Listener
 from .networks import cifar_network
-from .picture_sets import stand_in, task_of, whole
+from .picture_sets import in_colour, stand_in, task_of, whole
 from .study import PHASE_I, Settings, Study, Tasks
 from .study_results import run_study
 
@@ -54,6 +54,7 @@ def tasks(settings: Settings, data: Path | None) -> Tasks:
             test_fraction=TEST_PART,
             group=shape_of,
         )
+        read = in_colour(read, settings.size)
         beside = data if source != data else data.parent
         found = {
             column: next((beside / name for name in names if (beside / name).exists()), None)
