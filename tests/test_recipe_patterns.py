@@ -49,7 +49,7 @@ def test_the_file_is_read_back(tmp_path, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"F": None}, "holds y; expected F, the patterns, and y"),
+        ({"F": None}, "holds y; expected F, y"),
         ({"F": np.zeros((7, 12))}, r"F has shape \(7, 12\) and y \(1, 4096\); expected \(4096, 12\)"),
         ({"y": np.zeros((1, 5))}, r"y \(1, 5\); expected"),
         ({"y": np.zeros((1, 4096))}, "y holds one class only, 0"),
@@ -72,7 +72,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path, content):
     whole = path.read_bytes()
     for length in (0, 60, 200, len(whole) // 2, len(whole) - 9):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match="not a readable MATLAB file, or cut short|expected F, the patterns"):
+        with pytest.raises(DataError, match="not a readable MATLAB file, or cut short|expected F, y"):
             read_patterns(path)
     path.write_text("no MATLAB at all")
     with pytest.raises(DataError, match="not a readable MATLAB file"):

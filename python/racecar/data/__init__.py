@@ -1,4 +1,4 @@
-"""Image data from what users have: MNIST and CIFAR files, image folders and zips, `.npz`, scikit-learn's digits."""
+"""Image data from what users have: MNIST, n-MNIST and CIFAR files, image folders and zips, `.npz`, digits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from .blur import motion_blur, motion_kernel
 from .cifar import cifar10_1, cifar_files, cifar_source
 from .folders import Sizing, folder_source
 from .images import DataError, ImageData, Source, assemble
+from .matlab import mat_source
 
 __all__ = ["DataError", "ImageData", "cifar10_1", "crop_and_flip", "load_images", "motion_blur", "motion_kernel"]
 
 DIGITS = "digits"
+N_MNIST = "mnist-with-"  # its archives end in .gz, as much else does
 
 
 def load_images(
@@ -34,8 +36,8 @@ def load_images(
         source: `"digits"` (scikit-learn's), or a path to: a folder with the official MNIST files
             (`train-images-idx3-ubyte`, plain or .gz); the official CIFAR-10 or CIFAR-100 files (their folder, the
             folder that it lies in, or the .tar.gz; CIFAR-10 where both are there); a folder of class folders,
-            optionally below train/ and test/, a zip of one, a folder with train.zip and test.zip; or an .npz with
-            x_train, y_train, x_test, y_test (or x, y).
+            optionally below train/ and test/, a zip of one, a folder with train.zip and test.zip; an .npz with
+            x_train, y_train, x_test, y_test (or x, y); or a file of n-MNIST (mnist-with-*.mat or .gz).
         limit: at most so many training images, drawn class by class; None for all.
         test_limit: at most so many test images; None: half of `limit`, or all.
         size: image files are cropped to their centre square and resized to size×size pixels; None keeps them.
@@ -77,11 +79,13 @@ def recognise(source: str | Path, sizing: Sizing) -> Source:
     if path.is_dir():
         has_idx = any(path.glob("*-ubyte")) or any(path.glob("*-ubyte.gz"))
         return idx_source(path) if has_idx else folder_source(path, sizing)
+    if path.suffix.lower() == ".mat" or path.name.startswith(N_MNIST):
+        return mat_source(path)
     if path.suffix.lower() == ".npz":
         return npz_source(path)
     if path.suffix.lower() == ".zip":
         return folder_source(path, sizing)
     raise DataError(
         f"{path}: unknown kind of data; expected a folder (official MNIST or CIFAR files, or class/image), "
-        f"a .zip of one, or an .npz"
+        f"a .zip of one, an .npz, or n-MNIST's .mat"
     )

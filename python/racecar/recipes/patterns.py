@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data import DataError
+from ..data.matlab import read_mat
 
 POINTS = 12
 DEGREES = (0, 1)  # of the power spectrum
@@ -56,20 +57,11 @@ def read_patterns(path: Path) -> Patterns:
     Raises:
         DataError: as `load_patterns`.
     """
-    from scipy.io import loadmat  # type: ignore[import-untyped]
-
     path = path.expanduser()
     if not path.is_file():
         raise DataError(f"no such file: {path} (give the study's var_u.mat, or leave --data out to generate patterns)")
-    try:
-        content: dict[str, Any] = loadmat(path)
-    except Exception as error:  # of a damaged file SciPy raises whatever the bytes lead it to
-        raise DataError(f"{path}: not a readable MATLAB file, or cut short ({error})") from error
-    missing = [name for name in ("F", "y") if name not in content]
-    if missing:
-        have = ", ".join(name for name in content if not name.startswith("_")) or "nothing"
-        raise DataError(f"{path}: holds {have}; expected F, the patterns, and y, their labels")
-    x, y = np.asarray(content["F"]), np.asarray(content["y"])
+    content = read_mat(path, ("F", "y"))
+    x, y = content["F"], content["y"]
     if x.shape != (2**POINTS, POINTS) or y.size != len(x):
         raise DataError(f"{path}: F has shape {x.shape} and y {y.shape}; expected (4096, 12) and 4096 labels")
     for name, values in (("F", x), ("y", y)):

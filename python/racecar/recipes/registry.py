@@ -91,7 +91,8 @@ RECIPES = {
             name="mnist",
             shows="Whether what digits teach helps with blurred digits.",
             paper="Xie & Thuerey 2020, Tables 3, 4 and 9",
-            data="The official MNIST files, or other images. \\[default: scikit-learn's digits, 8×8]",
+            data="A folder with the official MNIST files, and n-MNIST's motion blur; or other images. "
+            "\\[default: scikit-learn's digits, 8×8]",
             module="mnist",
             presets={
                 "cpu": {"limit": 10000, "test_limit": 5000, "epochs": 4, "transfer_epochs": 4, **TABLE_9},
