@@ -26,7 +26,7 @@ from racecar.recipes.listener import Listener
 from racecar.recipes.picture_sets import part_of
 from racecar.recipes.registry import RECIPES
 from racecar.recipes.study import PHASE_I, Settings, Site, jobs_of
-from racecar.recipes.study_results import run_study
+from racecar.recipes.study_results import draw, run_study
 
 STUDIES = ("mnist", "cifar", "resnet110", "texture-shape")
 
@@ -68,6 +68,12 @@ def test_quick(name: str, tmp_path: Path) -> None:
     assert all(f"| {contestant.name} |" in table for contestant in study.models)
     assert content["paper"] == {}, "the digits are not the paper's data"
     assert "stand in" in table or name == "mnist"
+
+
+def test_the_figure_names_a_model_of_one_panel_only() -> None:
+    curves = {"A": {"Std": [[0.1, 0.2]]}, "AB": {"Std": [[0.1, 0.2]], "from scratch": [[0.1, 0.3]]}}
+    (legend,) = draw(curves).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["Std", "from scratch"]
 
 
 def test_interrupted_and_resumed_gives_the_same(tmp_path: Path) -> None:

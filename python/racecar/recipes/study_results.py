@@ -192,18 +192,21 @@ def draw(curves: Mapping[str, Mapping[str, list[list[float]]]]) -> Any:
         A figure.
     """
     shown = {column: models for column, models in curves.items() if models}
-    figure = optional("matplotlib.figure", "drawing").Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
+    figure = optional("matplotlib.figure", "drawing").Figure(
+        figsize=(4.2 * len(shown) + 1.4, 3.6), layout="constrained"
+    )
     names = list(dict.fromkeys(name for models in shown.values() for name in models))
+    lines: dict[str, Any] = {}  # a panel need not show every model
     for ax, (column, models) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
         for name, seeds in models.items():
             rows = list(zip(*seeds, strict=True))
             share = [(i + 1) / len(rows) for i in range(len(rows))]
             colour = f"C{names.index(name)}"
             marker = "o" if len(rows) == 1 else None
-            ax.plot(share, [statistics.fmean(row) for row in rows], color=colour, marker=marker, label=name)
+            (lines[name],) = ax.plot(share, [statistics.fmean(row) for row in rows], color=colour, marker=marker)
             ax.fill_between(share, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.12)
         ax.set_title(column)
         ax.set_xlabel("share of the epochs")
     figure.axes[0].set_ylabel("accuracy")
-    figure.axes[0].legend(fontsize="small")
+    figure.legend([lines[name] for name in names], names, loc="outside right upper", fontsize="small")
     return figure
