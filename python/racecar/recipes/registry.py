@@ -168,8 +168,8 @@ RECIPES = {
             "filled-silhouettes in it. \\[default: a stand-in, only to see that it runs]",
             module="texture_shape",
             presets={
-                "cpu": {"seeds": 3, "size": 32, "epochs": 20, "transfer_epochs": 20, "divisor": 4},
-                "paper": {"size": 128, "epochs": 100, "transfer_epochs": 100},
+                "cpu": {"size": 32, "epochs": 20, "transfer_epochs": 20, "divisor": 4, "lam": 0.01},
+                "paper": {"size": 128, "epochs": 100, "transfer_epochs": 100, "lam": 0.01},
                 "quick": {
                     "seeds": 2,
                     "limit": 40,
