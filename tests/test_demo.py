@@ -182,7 +182,9 @@ def test_whole_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_give_what_one_gives(tmp_path, finished):
+def test_two_workers_give_what_one_gives(tmp_path, finished, monkeypatch):
+    for how in ("_share_fd_cpu_", "_share_filename_cpu_"):  # containers have 64 MB of shared memory
+        monkeypatch.setattr(torch.UntypedStorage, how, lambda *_, **__: pytest.fail("images went to shared memory"))
     _, _, want = finished
     stages: list[str] = []
     got = run_demo(tiny(tmp_path, workers=2), tmp_path / "out", listener=Listener(stage=stages.append))

@@ -6,6 +6,7 @@ speed. Jobs do not depend on each other, and what each leaves on the disk is all
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import parent_process
+from pathlib import Path
 from queue import Empty
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import multiprocessing
 from .jobs import Job
 
 POLL_S = 0.1
+JOBS = ".jobs.pt"  # beside the runs, while they last
 
 _JOBS: list[Job] = []
 _NEWS: Any = None
@@ -43,12 +46,13 @@ def run_jobs(
     """Runs all jobs, in this process if one worker is enough.
 
     Args:
-        jobs: what to run; of one place, which goes to every process once.
+        jobs: what to run; of one place, which goes to every process once, in a file beside its runs.
         workers: processes at a time.
         threads: CPU threads of each.
         stage, advance: are told what begins, and steps done.
 
     Raises:
+        OSError: the disk is full or gone.
         WorkerDiedError: a process was killed; what was finished stays on the disk.
         KeyboardInterrupt: Ctrl-C; likewise.
     """
@@ -58,10 +62,12 @@ def run_jobs(
         return
     context = multiprocessing.get_context("spawn")
     news = context.Queue()
+    path = jobs[0].place.runs / JOBS
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=context, initializer=begin_worker, initargs=(jobs, threads, news)
+        min(workers, len(jobs)), mp_context=context, initializer=begin_worker, initargs=(path, threads, news)
     )
     try:
+        hand_over(jobs, path)
         with ignored_interrupts():  # a new process begins with what its parent does about the signal
             futures = [pool.submit(run_one, i) for i in range(len(jobs))]
         follow(futures, news, stage, advance)
@@ -74,6 +80,20 @@ def run_jobs(
             process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
         news.close()
+        path.unlink(missing_ok=True)
+
+
+def hand_over(jobs: list[Job], path: Path) -> None:
+    """Writes the jobs where workers find them.
+
+    A file, which they map, since shared memory may be small: containers are given 64 MB of it, MNIST's training images
+    alone take 188.
+    """
+    content = io.BytesIO()
+    torch.save(jobs, content)  # to memory first: of a full disk torch says no more than that its writer failed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content.getbuffer())
 
 
 @contextmanager
@@ -106,10 +126,10 @@ def follow(
             future.result()
 
 
-def begin_worker(jobs: list[Job], threads: int, news: Any) -> None:
+def begin_worker(jobs: Path, threads: int, news: Any) -> None:
     """First thing in a worker."""
     global _JOBS, _NEWS
-    _JOBS, _NEWS = jobs, news
+    _JOBS, _NEWS = torch.load(jobs, mmap=True, weights_only=False), news
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process answers it
     threading.Thread(target=end_with_parent, daemon=True).start()
