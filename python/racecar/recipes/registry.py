@@ -140,14 +140,15 @@ RECIPES = {
             presets={
                 "cpu": {
                     "seeds": 3,
-                    "limit": 2000,
+                    "limit": 3500,
                     "test_limit": 2000,
                     "epochs": 10,
                     "blocks": 3,
                     "batch_size": 32,
                     "learning_rate": 0.05,
+                    "lam": 0.01,
                 },
-                "paper": {"epochs": 164, **RESIDUAL},
+                "paper": {"epochs": 164, "lam": 0.01, **RESIDUAL},
                 "quick": {
                     "seeds": 2,
                     "limit": 40,
