@@ -66,6 +66,8 @@ def test_other_content_is_refused(tmp_path, content, change, message):
 
 def test_missing_and_damaged_files_are_refused(tmp_path, content):
     with pytest.raises(DataError, match=r"no such file: .*var_u.mat \(give the study's"):
+        read_patterns(tmp_path)
+    with pytest.raises(DataError, match=r"no such file: .*var_u.mat \(give the study's"):
         read_patterns(tmp_path / "var_u.mat")
     path = tmp_path / "var_u.mat"
     savemat(path, content, do_compression=True)

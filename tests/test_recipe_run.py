@@ -152,8 +152,11 @@ def test_other_settings_data_and_recipes_are_refused(tmp_path, finished):
     with pytest.raises(SettingsError, match=r"holds results.json, but no run of a recipe"):
         run(TINY, RunFolder(tmp_path, "mi"))
     assert (tmp_path / "results.json").read_text() == "mine"
-    with locked(folder.path, "run"), pytest.raises(SettingsError, match="a run is running in"):
-        run(TINY, folder, resume=True)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    for how in ({"resume": True}, {"overwrite": True}, {}):
+        with locked(folder.path, "run"), pytest.raises(SettingsError, match="a run is running in"):
+            run(TINY, folder, **how)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before  # --overwrite took nothing away
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "scipy"])
@@ -169,7 +172,8 @@ def test_what_is_needed_at_the_end_is_missed_at_the_beginning(tmp_path, monkeypa
 def test_a_damaged_checkpoint_is_named(tmp_path, finished):
     _, whole = finished
     folder = RunFolder(tmp_path / "out", "mi")
-    folder.begin(TINY, None, 1, "", resume=False, overwrite=False)
+    with folder.held():
+        folder.begin(TINY, None, 1, "", resume=False, overwrite=False)
     assert folder.load() is None
     for content in (b"", b"half a fi", (whole.path / "checkpoint.pt").read_bytes()[:5000]):
         (folder.path / "checkpoint.pt").write_bytes(content)
@@ -282,6 +286,46 @@ def test_a_run_that_is_stopped_from_outside_goes_on(tmp_path, how):
     assert result.exit_code == 0, result.output
     assert "epochs are kept from before" in result.stdout and "| RR | .822 |" in result.stdout
     assert RunFolder(out, "mi").finished
+
+
+@pytest.mark.parametrize("recipe", ["mnist", "peak"])
+def test_sigterm_ends_a_run_as_an_interrupt_does(tmp_path, recipe):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "racecar", "run", recipe, "--quick", "--seeds", "5", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    end = time.monotonic() + 60
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped before the end; what was computed is kept in" in plain(errors)
+    assert not (out / ".lock").exists() and not (out / "runs" / ".jobs.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--threads", "100000"], "threads must be at most"),
+        (["--save-every-s", "nan"], "save_every_s must be a number, 0 or larger, got nan"),
+        (["--save-every-s", "-1"], "save_every_s must be a number, 0 or larger, got -1.0"),
+    ],
+)
+def test_options_that_no_run_could_follow(tmp_path, wrong, said):
+    result = invoke("peak", "--quick", *wrong, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2 and said in plain(result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    result = invoke("mi", "--quick", "--resume", "--out", str(tmp_path))
+    assert result.exit_code == 2 and "run.json is damaged" in plain(result.stderr)
 
 
 def test_an_accelerator_is_refused_where_it_would_do_nothing(tmp_path: Path) -> None:

@@ -282,7 +282,10 @@ def test_cifar_100_beside_cifar_10(tmp_path: Path) -> None:
     tasks = module.tasks(quick("cifar", limit=0, test_limit=0), tmp_path)
     assert (tasks.classes["AA"], tasks.classes["AB"]) == (10, 100)
     assert any("Task B: CIFAR-100" in note for note in tasks.notes)
-    assert hundred.is_dir()
+    assert len(module.tasks(quick("cifar", limit=40), tmp_path).of["AB"].train_y) == 100  # one of every class at least
+    (hundred / "test.bin").unlink()
+    with pytest.raises(DataError, match=r"holds no test.bin of CIFAR-100"):
+        module.tasks(quick("cifar"), tmp_path)
 
 
 def test_grey_images_and_other_sizes(tmp_path: Path) -> None:

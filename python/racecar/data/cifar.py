@@ -72,6 +72,9 @@ def cifar_files(path: Path, title: str | None = None) -> tuple[Kind, Path] | Non
 
     Args:
         path: a folder or an archive. title: "CIFAR-10" or "CIFAR-100" where only that one is looked for.
+
+    Raises:
+        DataError: a published folder lies in the path, but a file is missing.
     """
     for kind in KINDS:
         if title is not None and kind.title != title:
@@ -79,8 +82,15 @@ def cifar_files(path: Path, title: str | None = None) -> tuple[Kind, Path] | Non
         for place in (path, path / kind.folder, path / kind.archive):
             if place.name == kind.archive and place.is_file():
                 return kind, place
-            if place.is_dir() and all((place / name).is_file() for name in (kind.train[0], *kind.test, kind.names)):
+            if not place.is_dir():
+                continue
+            files = (*kind.train, *kind.test, kind.names)
+            missing = [name for name in files if not (place / name).is_file()]
+            if not missing:
                 return kind, place
+            known = place.name == kind.folder or {kind.train[0], *kind.test, kind.names}.isdisjoint(missing)
+            if known and len(missing) < len(files):  # a file "train" alone may be any folder's
+                raise DataError(f"{place}: holds no {', '.join(missing)} of {kind.title}; fetch the archive again")
     return None
 
 

@@ -191,7 +191,7 @@ class ImageReader:
         self.shape = (shape.height, shape.width)
         self.notes: tuple[str, ...] = ()
         if shape.size != image.size:
-            self.notes = (f"Images are resized to {shape.height}×{shape.width}; --size changes it.",)
+            self.notes = (f"Images are resized to {shape.height}×{shape.width}.",)
 
     def read(self, files: list[ImageFile]) -> Pixels:
         """Pixels in [0, 1] of shape (images, height, width, 1 or 3).

@@ -215,7 +215,7 @@ def assemble(
         test_index = test_index[stratified_subsample(test.labels[test_index], test_limit, seed)]
         notes.append(
             f"Limited to {len(train_index)} of {found[0]} training and {len(test_index)} of {found[1]} test images, "
-            f"drawn class by class (seed {seed}); --limit changes it."
+            f"drawn class by class (seed {seed})."
         )
     train_x, test_x = as_images(source.train.read(train_index)), as_images(test.read(test_index))
     channels = max(train_x.shape[1], test_x.shape[1])  # one half may be grey, and the other have colour

@@ -7,6 +7,7 @@ forward pass lacks; Eq. 24 of the 2021 paper does not, and neither does this rec
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def read_images(source: Path, settings: Settings) -> ImageData:
     return in_colour(load_images(source, limit=limit, test_limit=test_limit, size=SIDE), SIDE)
 
 
+def at_least(limit: int, classes: int) -> int:
+    """A limit that leaves every class an image; 0: none."""
+    return max(limit, classes) if limit else 0
+
+
 def tasks(settings: Settings, data: Path | None) -> Tasks:
     """A and B: CIFAR-10 and CIFAR-100 where the user has both, else both halves of the classes.
 
@@ -54,7 +60,8 @@ def tasks(settings: Settings, data: Path | None) -> Tasks:
     first = first_task(settings, data)
     hundred = None if data is None else cifar_files(data.expanduser(), "CIFAR-100")
     if hundred is not None:
-        second = read_images(hundred[1], settings)
+        enough = replace(settings, limit=at_least(settings.limit, 100), test_limit=at_least(settings.test_limit, 100))
+        second = read_images(hundred[1], enough)
         a, b, sizes = task_of(first), task_of(second), (len(first.classes), len(second.classes))
         note = f"Task B: {second.describe()}."
     else:

@@ -2,10 +2,16 @@
 
 # no `from __future__ import annotations`: typer reads those of a function that is made for every recipe
 
+import math
 import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -55,6 +61,8 @@ def run_in_terminal(recipe: Recipe, settings: Any, folder: Any, console: Console
     bar = progress.add_task("", total=None)
 
     def plan(epochs: int, done: int) -> None:
+        if options["resume"] and not done:
+            console.print("Nothing is kept from before; it begins anew.", highlight=False)
         if done:
             console.print(f"{done} of {epochs} {recipe.unit} are kept from before.", highlight=False)
         progress.update(bar, total=epochs - done)
@@ -138,6 +146,34 @@ def given(context: typer.Context, option: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM, which batch systems send before they kill, ends a run as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check(settings: Any) -> None:
+    """Raises SettingsError for options of all recipes that no run could follow."""
+    from ..experiments.folder import SettingsError
+
+    cores = os.cpu_count() or 1
+    if settings.threads > cores:
+        raise SettingsError(f"threads must be at most {cores}, as many as there are cores, got {settings.threads}")
+    if not (math.isfinite(settings.save_every_s) and settings.save_every_s >= 0):
+        raise SettingsError(f"save_every_s must be a number, 0 or larger, got {settings.save_every_s}")
+
+
 def without_folders(word: str) -> str:
     """An absolute path's last name: results are shown to others. Other words stay."""
     return Path(word).name if Path(word).is_absolute() else word
@@ -178,10 +214,12 @@ def run(
             data = data or folder.data
         else:
             settings = recipe.settings(preset or next(iter(recipe.presets)), **options)
+        check(settings)
         command = shlex.join(["racecar", *map(without_folders, sys.argv[1:])])
-        run_in_terminal(
-            recipe, settings, folder, Console(), data=data, command=command, resume=resume, overwrite=overwrite
-        )
+        with sigterm_as_interrupt():
+            run_in_terminal(
+                recipe, settings, folder, Console(), data=data, command=command, resume=resume, overwrite=overwrite
+            )
     except ModuleNotFoundError as error:
         fail(f"this recipe needs {error.name}, which is not installed: pip install 'racecar-kernels[demo]'", code=1)
     except (DataError, SettingsError) as error:

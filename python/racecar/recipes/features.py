@@ -30,7 +30,7 @@ from ..analysis.modes import layer_modes
 from ..analysis.pictures import Row, draw_rows, grey_levels, signed_levels
 from ..baselines import srip
 from ..bench.machine import facts
-from ..experiments.folder import SettingsError, locked
+from ..experiments.folder import SettingsError
 from ..experiments.threads import cpu_threads
 from ..training.history import replace_text
 from .folder import RESULTS, TABLE, RunFolder
@@ -173,7 +173,8 @@ def perceptual_metric() -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]
 
         return lpips.LPIPS(net="alex", verbose=False).eval(), ""
     except Exception as error:  # weights that cannot be read or fetched raise anything
-        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+        missing = isinstance(error, ModuleNotFoundError)
+        return None, "not installed" if missing else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @torch.no_grad()
@@ -206,8 +207,8 @@ def run_problem(
         SettingsError: a folder that holds something else, before anything is computed.
         OSError: the disk is full or gone. KeyboardInterrupt: Ctrl-C. What was finished stays, for `resume`.
     """
-    folder.begin(settings, data, problem.fingerprint, command, resume=resume, overwrite=overwrite)
-    with locked(folder.path, "run"):
+    with folder.held():
+        folder.begin(settings, data, problem.fingerprint, command, resume=resume, overwrite=overwrite)
         state = folder.load() or {"started": datetime.now().astimezone().isoformat(timespec="seconds"), "runs": {}}
         with cpu_threads(settings.threads):
             train_all(problem, settings, folder, state, listener)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..experiments.folder import SettingsError, prepare
+from ..experiments.folder import SettingsError, locked, prepare
 from ..training.history import replace_text
 
 STATE, CHECKPOINT, RESULTS, TABLE = "run.json", "checkpoint.pt", "results.json", "table.md"
@@ -46,10 +46,25 @@ class RunFolder:
             SettingsError: there is none, or one of another recipe.
         """
         state = self.state()
+        if state is None and (self.path / STATE).exists():
+            raise SettingsError(
+                f"{self.path / STATE} is damaged, so that its run cannot go on; begin anew with --overwrite"
+            )
         if state is None:
             raise SettingsError(f"there is no run to resume in {self.path}; leave out --resume to begin one")
         self.check_recipe(state)
         return dict(state["settings"])
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder, and keeps other runs out of it: held before what is in it is read or replaced.
+
+        Raises:
+            SettingsError: it cannot be written, or a run is under way there.
+        """
+        prepare(self.path)
+        with locked(self.path, "run"):
+            yield
 
     def begin(
         self,
@@ -61,7 +76,7 @@ class RunFolder:
         resume: bool,
         overwrite: bool,
     ) -> None:
-        """Makes the folder ready, or refuses, before anything is computed.
+        """Makes the folder, which is `held`, ready, or refuses, before anything is computed.
 
         Args:
             settings: a dataclass.
@@ -71,9 +86,8 @@ class RunFolder:
             overwrite: begin anew even where there is one.
 
         Raises:
-            SettingsError: the folder cannot be written, or holds what neither option covers.
+            SettingsError: the folder holds what neither option covers.
         """
-        prepare(self.path)
         state = self.state()
         if resume:
             self.check_same(settings, fingerprint)
@@ -190,11 +204,8 @@ class RunFolder:
             return None
         try:
             return torch.load(path, weights_only=True)
-        except Exception as error:  # of a damaged file torch raises whatever the bytes lead it to
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            raise SettingsError(
-                f"{path} is damaged or of another version ({why}); begin anew with --overwrite"
-            ) from error
+        except Exception as error:  # of a damaged file torch raises whatever the bytes lead it to, and bad advice
+            raise SettingsError(f"{path} is damaged or of another version; begin anew with --overwrite") from error
 
     def _write(self, state: dict[str, Any]) -> None:
         replace_text(self.path / STATE, json.dumps(state, indent=1) + "\n")

@@ -23,7 +23,7 @@ from ..analysis import MutualInformationPlane
 from ..analysis.optional import optional
 from ..baselines import autoencoder_stages
 from ..bench.machine import facts
-from ..experiments.folder import SettingsError, locked
+from ..experiments.folder import SettingsError
 from ..experiments.threads import cpu_threads
 from .folder import RunFolder, stop_asked
 from .listener import Listener
@@ -330,8 +330,8 @@ def run(
     for module in ("matplotlib.figure", "scipy.stats"):
         optional(module, "the recipe")  # before an hour is spent, not after
     patterns = load_patterns(data)
-    folder.begin(settings, data, patterns.fingerprint, command, resume=resume, overwrite=overwrite)
-    with locked(folder.path, "run"), cpu_threads(settings.threads):
+    with folder.held(), cpu_threads(settings.threads):
+        folder.begin(settings, data, patterns.fingerprint, command, resume=resume, overwrite=overwrite)
         experiment = Experiment(settings, split(patterns, settings))
         kept = folder.load()
         now = datetime.now().astimezone().isoformat(timespec="seconds")

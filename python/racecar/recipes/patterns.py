@@ -58,6 +58,8 @@ def read_patterns(path: Path) -> Patterns:
         DataError: as `load_patterns`.
     """
     path = path.expanduser()
+    if path.is_dir():
+        path = path / "var_u.mat"
     if not path.is_file():
         raise DataError(f"no such file: {path} (give the study's var_u.mat, or leave --data out to generate patterns)")
     content = read_mat(path, ("F", "y"))

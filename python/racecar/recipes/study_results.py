@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..analysis.optional import optional
 from ..bench.machine import facts
-from ..experiments.folder import locked
 from ..experiments.threads import cpu_threads
 from ..experiments.workers import run_jobs
 from ..training.history import replace_text
 from .folder import RESULTS, TABLE, RunFolder
 from .listener import Listener
+from .registry import RECIPES
 from .study import TEST_BATCH, Settings, Site, Study, jobs_of, measured_ratios
 from .tables import comparison
 
@@ -56,8 +56,8 @@ def run_study(
     tasks = study.tasks(settings, data)
     if settings.validate:
         tasks = tasks.validated()
-    folder.begin(settings, data, tasks.fingerprint, command, resume=resume, overwrite=overwrite)
-    with locked(folder.path, "run"), cpu_threads(settings.threads):
+    with folder.held(), cpu_threads(settings.threads):
+        folder.begin(settings, data, tasks.fingerprint, command, resume=resume, overwrite=overwrite)
         state = folder.load() if resume else None
         if state is None:
             shutil.rmtree(folder.path / RUNS, ignore_errors=True)
@@ -156,21 +156,22 @@ def table_page(study: Study, content: Mapping[str, Any]) -> str:
     seeds = settings["seeds"]
     columns = [*content["curves"], *(c for c in next(iter(content["accuracy"].values())) if c not in content["curves"])]
     where = machine.get("gpu", {}).get("name", machine["processor"])
+    follows = f"; what follows: {counted(settings['transfer_epochs'], 'epoch')} of plain training"
+    follows = follows if len(study.legs) > 1 else ""
     longer = [f"{name} {ratio:.2f}" for name, ratio in content["step time over Std's"].items() if ratio != 1]
     return "\n".join(
         [
             f"# {study.recipe}: {study.title}, {'validation' if settings['validate'] else 'test'} accuracy, "
-            f"{seeds} seed{'s' if seeds > 1 else ''}, preset {settings['preset']}",
+            f"{counted(seeds, 'seed')}, preset {settings['preset']}",
             "",
             comparison(content["paper"], content["accuracy"], columns),
             "",
-            "Paper: as cited in the documentation; – where it has no figure. Here: mean ± standard deviation over the "
+            f"Paper: {RECIPES[study.recipe].paper}; – where it has no figure. Here: mean ± standard deviation over the "
             "seeds; differences paired over the seeds, p of a t-test after Holm's correction.",
             "",
             study.explained,
             "",
-            f"- phase I: {settings['epochs']} epochs, with the pretraining; what follows: "
-            f"{settings['transfer_epochs']} epochs of plain training",
+            f"- phase I: {counted(settings['epochs'], 'epoch')}, with the pretraining{follows}",
             *([f"- step time over Std's, measured before the run: {', '.join(longer)}"] if longer else []),
             f"- command: `{content['command']}`",
             f"- data: {content['data']}",
@@ -180,6 +181,11 @@ def table_page(study: Study, content: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def counted(count: int, what: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def draw(curves: Mapping[str, Mapping[str, list[list[float]]]]) -> Any:
